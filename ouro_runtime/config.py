@@ -1,0 +1,244 @@
+"""What a checkpoint, a server and a request say about loops.
+
+`OuroConfig` reads a released `config.json`. `LoopConfig` holds the server's defaults. `ExitParams`
+are one request's depth controls. Each is validated once, here, and trusted everywhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from transformers import PretrainedConfig
+
+MODES = ("skip", "exact")
+"""K/V modes a request may choose; `full` is what a threshold of 1 gives in either."""
+
+DEPTH_FIELDS = ("exit_threshold", "min_loops", "max_loops", "exit_mode")
+
+
+class DepthError(ValueError):
+    """A depth control that cannot be honoured.
+
+    `param` names the field; the message says what was given and what is allowed.
+    """
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class OuroConfig(PretrainedConfig):
+    """`config.json` of an Ouro checkpoint (`model_type: ouro`).
+
+    Accepts the released files as they are: `rope_theta` and `torch_dtype` in their old places, no
+    pad token, an `auto_map` that is ignored. Class defaults are those of the released code.
+    """
+
+    model_type = "ouro"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        vocab_size: int = 151936,
+        hidden_size: int = 4096,
+        intermediate_size: int = 22016,
+        num_hidden_layers: int = 32,
+        num_attention_heads: int = 32,
+        num_key_value_heads: int | None = 32,
+        head_dim: int | None = None,
+        hidden_act: str = "silu",
+        max_position_embeddings: int = 32768,
+        initializer_range: float = 0.02,
+        rms_norm_eps: float = 1e-6,
+        use_cache: bool = True,
+        rope_theta: float = 10000.0,
+        rope_scaling: dict[str, Any] | None = None,
+        rope_parameters: dict[str, Any] | None = None,
+        total_ut_steps: int = 4,
+        early_exit_threshold: float = 1.0,
+        tie_word_embeddings: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.hidden_act = hidden_act
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        self.rms_norm_eps = rms_norm_eps
+        self.use_cache = use_cache
+        scaling = rope_parameters or rope_scaling or {}
+        self.rope_parameters = {
+            "rope_type": scaling.get("rope_type", scaling.get("type", "default")),
+            **{k: v for k, v in scaling.items() if k not in ("rope_type", "type")},
+        }
+        self.rope_parameters.setdefault("rope_theta", rope_theta)
+        self.total_ut_steps = total_ut_steps
+        self.early_exit_threshold = early_exit_threshold
+        kwargs.pop("auto_map", None)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+
+@dataclass(frozen=True)
+class ExitParams:
+    """A request's depth controls, complete and valid for a model of `T` loops.
+
+    Attributes:
+        exit_threshold: q of the Q-exit rule, 0..1. At 1 the gate is off: `max_loops` loops run.
+        min_loops, max_loops: bounds on the depth of every generated token, 1..T.
+        exit_mode: `skip` (deeper loops are not run) or `exact` (they run later, off the read-out).
+        forced_depths: if not empty, token i is read out at `forced_depths[i % len]`, whatever the
+            gate says. For benchmarks and tests; values 1..T.
+    """
+
+    exit_threshold: float
+    min_loops: int
+    max_loops: int
+    exit_mode: str
+    forced_depths: tuple[int, ...] = ()
+
+    def limits(self, index: int) -> tuple[int, int]:
+        """(min, max) depth of generated token number `index`."""
+        if self.forced_depths:
+            depth = self.forced_depths[index % len(self.forced_depths)]
+            return depth, depth
+        return self.min_loops, self.max_loops
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any] | None, defaults: ExitParams, loops: int) -> ExitParams:
+        """Depth controls of a request whose `extra_args` are `given`.
+
+        Unset (absent or None) fields come from `defaults`. Where only one of `min_loops` and
+        `max_loops` is set, the other default yields to it.
+
+        Raises:
+            DepthError: naming the first field that is wrong.
+        """
+        given = given or {}
+        picked = {k: given[k] for k in DEPTH_FIELDS if given.get(k) is not None}
+        if "exit_threshold" in picked:
+            picked["exit_threshold"] = check_threshold(picked["exit_threshold"])
+        for name in ("min_loops", "max_loops"):
+            if name in picked:
+                picked[name] = check_loops(name, picked[name], loops)
+        if "exit_mode" in picked:
+            check_mode(picked["exit_mode"])
+        if "min_loops" in picked and "max_loops" not in picked:
+            picked["max_loops"] = max(defaults.max_loops, picked["min_loops"])
+        if "max_loops" in picked and "min_loops" not in picked:
+            picked["min_loops"] = min(defaults.min_loops, picked["max_loops"])
+        params = replace(defaults, **picked)
+        if params.min_loops > params.max_loops:
+            raise DepthError(
+                "min_loops",
+                f"min_loops ({params.min_loops}) must not exceed max_loops ({params.max_loops})",
+            )
+        forced = given.get("forced_depths")
+        if forced is not None:
+            if not isinstance(forced, (list, tuple)) or not forced:
+                raise DepthError("forced_depths", "forced_depths must be a non-empty list")
+            depths = tuple(check_loops("forced_depths", d, loops) for d in forced)
+            params = replace(params, forced_depths=depths)
+        return params
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """The served model's loops: their number T and the depth controls of a request that sets none."""
+
+    loops: int
+    defaults: ExitParams
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> LoopConfig:
+        """Of a vLLM configuration: its model's config and `additional_config["ouro"]`."""
+        additional = vllm_config.additional_config
+        given = additional.get("ouro") if isinstance(additional, dict) else None
+        return cls.parse(vllm_config.model_config.hf_config, given)
+
+    @classmethod
+    def parse(cls, hf_config: Any, given: Mapping[str, Any] | None = None) -> LoopConfig:
+        """From a checkpoint's config and the server's own settings (`additional_config["ouro"]`).
+
+        Raises:
+            DepthError: naming the setting that is wrong, also for an unknown one.
+        """
+        loops = getattr(hf_config, "total_ut_steps", None)
+        if isinstance(loops, bool) or not isinstance(loops, int) or loops < 1:
+            raise DepthError(
+                "total_ut_steps",
+                f"total_ut_steps in config.json must be an integer of 1 or more, got {loops!r}",
+            )
+        given = dict(given or {})
+        for name in given:
+            if name not in DEPTH_FIELDS:
+                raise DepthError(
+                    name, f"unknown setting {name!r} of ouro; known are {', '.join(DEPTH_FIELDS)}"
+                )
+        threshold = getattr(hf_config, "early_exit_threshold", None)
+        threshold = 1.0 if threshold is None else min(float(threshold), 1.0)
+        built_in = ExitParams(check_threshold(threshold), 1, loops, "skip")
+        return cls(loops, ExitParams.parse(given, built_in, loops))
+
+
+def check_threshold(value: Any, param: str = "exit_threshold") -> float:
+    """`value` as a threshold; DepthError unless a number from 0 to 1."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or math.isnan(value) or not 0 <= value <= 1:
+        raise DepthError(param, f"{param} must be a number from 0 to 1, got {value!r}")
+    return float(value)
+
+
+def check_loops(param: str, value: Any, loops: int) -> int:
+    """`value` as a number of loops; DepthError unless an integer from 1 to `loops`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= loops:
+        raise DepthError(param, f"{param} must be an integer from 1 to {loops}, got {value!r}")
+    return value
+
+
+def check_mode(value: Any, param: str = "exit_mode") -> str:
+    """`value` as a K/V mode; DepthError unless one of `MODES`."""
+    if not isinstance(value, str) or value not in MODES:
+        raise DepthError(param, f"{param} must be one of {', '.join(MODES)}, got {value!r}")
+    return value
+
+
+@dataclass
+class StepReport:
+    """What the passes of one engine step did.
+
+    Attributes:
+        pass_rows: rows (cells) of each pass, in order; at most T entries.
+        rows_by_loop: entry t: cells run at loop t + 1.
+        tokens: tokens sampled in the step.
+    """
+
+    pass_rows: list[int] = field(default_factory=list)
+    rows_by_loop: list[int] = field(default_factory=list)
+    tokens: int = 0
+
+
+@dataclass
+class DepthReport:
+    """What one engine iteration brought to the API process (`IterationStats.ouro`).
+
+    Attributes:
+        depths, loops_run: one entry per token that was handed to a client.
+        finished: (sum of depths, number of tokens) of each request that ended.
+        steps: the engine steps reported.
+    """
+
+    depths: list[int] = field(default_factory=list)
+    loops_run: list[int] = field(default_factory=list)
+    finished: list[tuple[int, int]] = field(default_factory=list)
+    steps: list[StepReport] = field(default_factory=list)
+
+
+assert {f.name for f in fields(ExitParams)} == {*DEPTH_FIELDS, "forced_depths"}

@@ -1,0 +1,170 @@
+"""Seam: how depths travel from the engine core to the API process, and where they come out.
+
+`EngineCoreOutput` has no room for what a plugin adds, so depths ride in `routed_experts`, an array
+per output that only mixture-of-experts models fill: here int16 `[tokens, 2]` (depth, loops run).
+vLLM already trims it to the tokens kept when a stop string is found. What a step's passes did rides
+in an output for a request id that nobody has; vLLM drops it, we read it on the way.
+
+In the API process `install()` makes every `CompletionOutput` carry `depths` and `loops_run`,
+aligned with `token_ids`, and `IterationStats` carry `ouro`, a `DepthReport`, for the metrics.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+
+from ouro_runtime.config import DepthReport, ExitParams, LoopConfig, StepReport
+from ouro_runtime.engine.pin import SeamError, check_parameters
+
+REPORT_ID = "ouro-step-report"
+
+
+def pack_depths(depths: list[int], loops_run: list[int]) -> np.ndarray:
+    """[tokens, 2] int16."""
+    return np.array([depths, loops_run], np.int16).T
+
+
+def pack_report(report: StepReport) -> EngineCoreOutput:
+    """An output that no request owns, holding [tokens, len(pass_rows), *pass_rows, *by_loop]."""
+    numbers = [report.tokens, len(report.pass_rows), *report.pass_rows, *report.rows_by_loop]
+    return EngineCoreOutput(REPORT_ID, [], routed_experts=np.array(numbers, np.int64))
+
+
+def unpack_report(numbers: np.ndarray) -> StepReport:
+    """The inverse of `pack_report`."""
+    tokens, passes, *rest = numbers.tolist()
+    return StepReport(pass_rows=rest[:passes], rows_by_loop=rest[passes:], tokens=tokens)
+
+
+def is_ouro(vllm_config: Any) -> bool:
+    """Whether the served model is run by this plugin."""
+    model = vllm_config.model_config
+    return model is not None and model.architecture == "OuroForCausalLM"
+
+
+def install() -> None:
+    """Wrap vLLM's classes of the API process, once per process."""
+    if getattr(OutputProcessor, "_ouro_installed", False):
+        return
+    check_parameters(InputProcessor.process_inputs, "params")
+    check_parameters(OutputProcessor.process_outputs, "engine_core_outputs", "iteration_stats")
+    check_parameters(RequestState._new_completion_output, "token_ids", "finish_reason")
+    check_parameters(RequestOutput.add, "next_output", "aggregate")
+    if "routed_experts_chunks" not in RequestState.__init__.__code__.co_names:
+        raise SeamError("RequestState no longer collects routed_experts_chunks")
+    _validate_requests()
+    _read_reports()
+    _attach_depths()
+    _merge_depths()
+    OutputProcessor._ouro_installed = True
+
+
+def _validate_requests() -> None:
+    """A request with bad depth controls is refused before it reaches the engine."""
+    process_inputs = InputProcessor.process_inputs
+
+    def checked(self: Any, request_id: str, prompt: Any, params: Any, *a: Any, **k: Any) -> Any:
+        extra = getattr(params, "extra_args", None)
+        if extra and is_ouro(self.vllm_config):
+            config = LoopConfig.of(self.vllm_config)
+            ExitParams.parse(extra, config.defaults, config.loops)
+        return process_inputs(self, request_id, prompt, params, *a, **k)
+
+    InputProcessor.process_inputs = checked
+
+
+def _read_reports() -> None:
+    """Collect what an iteration brought in `IterationStats.ouro`."""
+    process_outputs = OutputProcessor.process_outputs
+
+    def reading(
+        self: Any,
+        engine_core_outputs: list[EngineCoreOutput],
+        engine_core_timestamp: float | None = None,
+        iteration_stats: Any = None,
+        *a: Any,
+        **k: Any,
+    ) -> Any:
+        report = DepthReport()
+        self._ouro_report = report
+        own = [o for o in engine_core_outputs if o.request_id == REPORT_ID]
+        if own:
+            engine_core_outputs = [o for o in engine_core_outputs if o.request_id != REPORT_ID]
+            report.steps = [unpack_report(o.routed_experts) for o in own]
+        states = {
+            o.request_id: self.request_states.get(o.request_id)
+            for o in engine_core_outputs
+            if o.routed_experts is not None
+        }
+        before = {i: _kept(s) for i, s in states.items() if s is not None}
+        result = process_outputs(
+            self, engine_core_outputs, engine_core_timestamp, iteration_stats, *a, **k
+        )
+        if iteration_stats is not None:
+            for request_id, count in before.items():
+                state = states[request_id]
+                kept = _all_depths(state)
+                report.depths += kept[count:, 0].tolist()
+                report.loops_run += kept[count:, 1].tolist()
+                if request_id not in self.request_states:
+                    report.finished.append((int(kept[:, 0].sum()), len(kept)))
+            iteration_stats.ouro = report
+        return result
+
+    OutputProcessor.process_outputs = reading
+
+
+def _kept(state: Any) -> int:
+    return sum(map(len, _chunks(state)))
+
+
+def _chunks(state: Any) -> list[np.ndarray]:
+    return [*getattr(state, "_ouro_done", ()), *state.routed_experts_chunks]
+
+
+def _all_depths(state: Any) -> np.ndarray:
+    chunks = _chunks(state)
+    return np.concatenate(chunks) if chunks else np.zeros((0, 2), np.int16)
+
+
+def _attach_depths() -> None:
+    """Give each CompletionOutput the depths of its tokens, and no routed experts."""
+    new_completion_output = RequestState._new_completion_output
+
+    def attaching(self: Any, token_ids: list[int], finish_reason: Any, *a: Any, **k: Any) -> Any:
+        depths = _all_depths(self)
+        self._ouro_done = [depths]
+        self.routed_experts_chunks = []
+        output = new_completion_output(self, token_ids, finish_reason, *a, **k)
+        if self.output_kind == RequestOutputKind.DELTA:
+            count = len(output.token_ids)
+            depths = depths[len(depths) - count :] if count else depths[:0]
+        output.depths = depths[:, 0].tolist()
+        output.loops_run = depths[:, 1].tolist()
+        return output
+
+    RequestState._new_completion_output = attaching
+
+
+def _merge_depths() -> None:
+    """Outputs that vLLM aggregates while a client is slow keep the depths of all their tokens."""
+    add = RequestOutput.add
+
+    def merging(self: Any, next_output: Any, aggregate: bool) -> None:
+        if aggregate:
+            held = {o.index: o for o in self.outputs}
+            for newer in next_output.outputs:
+                older: CompletionOutput | None = held.get(newer.index)
+                if older is not None and hasattr(older, "depths"):
+                    older.depths = older.depths + newer.depths
+                    older.loops_run = older.loops_run + newer.loops_run
+        add(self, next_output, aggregate)
+
+    RequestOutput.add = merging

@@ -1,0 +1,63 @@
+"""What the worker remembers of a request between steps."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ouro_runtime.config import ExitParams, LoopConfig
+from ouro_runtime.loop.planner import Carried, Work
+
+
+@dataclass
+class LoopRequest:
+    """Depth controls, limits and unfinished rows of one request.
+
+    Attributes:
+        params: depth controls. stops: token ids that end the request.
+        max_tokens: limit on generated tokens. prompt: prompt tokens.
+        single: one token per step (a grammar or a thinking budget needs the host in between).
+        depths: depth of each token read out so far. carried: rows left over from the last step.
+    """
+
+    params: ExitParams
+    stops: frozenset[int]
+    max_tokens: int
+    prompt: int
+    single: bool
+    depths: list[int] = field(default_factory=list)
+    carried: list[Carried] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, sampling: Any, prompt: int, config: LoopConfig) -> "LoopRequest":
+        """From vLLM's SamplingParams."""
+        stops = set(sampling.stop_token_ids or ())
+        if sampling.eos_token_id is not None:
+            stops.add(sampling.eos_token_id)
+        return cls(
+            params=ExitParams.parse(sampling.extra_args, config.defaults, config.loops),
+            stops=frozenset(stops),
+            max_tokens=sampling.max_tokens,
+            prompt=prompt,
+            single=sampling.structured_outputs is not None
+            or getattr(sampling, "thinking_token_budget", None) is not None,
+        )
+
+    def work(self, start: int, count: int, known: int, max_model_len: int) -> Work:
+        """This request's part of a step; see `Work`."""
+        params = self.params
+        return Work(
+            start=start,
+            count=count,
+            known=known,
+            prompt=self.prompt,
+            last=min(self.prompt - 2 + self.max_tokens, max_model_len - 2),
+            threshold=1.0 if params.forced_depths else params.exit_threshold,
+            min_loops=params.min_loops,
+            max_loops=params.max_loops,
+            forced=np.array(params.forced_depths) if params.forced_depths else None,
+            exact=params.exit_mode == "exact",
+            single=self.single,
+            depths=self.depths,
+            carried=self.carried,
+        )

@@ -1,0 +1,1 @@
+"""The looped block and the model, as declarative lists of layers."""
