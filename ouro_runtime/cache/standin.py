@@ -2,11 +2,12 @@
 
 The layout of a page is the attention backend's own (vLLM's CPU kernels keep K transposed, or in
 tiles). So the place of each element is found once by writing a known token to every offset of a
-scratch page; after that a stand-in is a gather and a scatter of raw elements, whatever the layout.
+scratch page; after that a stand-in moves raw elements, whatever the layout.
 """
 
 from collections.abc import Callable
 
+import numba
 import numpy as np
 import torch
 
@@ -44,33 +45,47 @@ def probe_layout(write: WriteToken, block_size: int, head_size: int, dtype: torc
     return places
 
 
+@numba.njit(nogil=True)
+def _copy(pages, page, offset, depth, places, loops):  # pragma: no cover (compiled)
+    """`StandIn.fill` on a numpy view of the pages; elements are moved, never interpreted."""
+    held = np.empty(places.shape[1], pages.dtype)
+    for layer in range(pages.shape[0]):
+        for cell in range(page.shape[0]):
+            where = places[offset[cell]]
+            for head in range(pages.shape[2]):
+                source = pages[layer, page[cell], head]
+                for element in range(where.shape[0]):
+                    held[element] = source[where[element]]
+                for ahead in range(1, loops - depth[cell] + 1):
+                    target = pages[layer, page[cell] + ahead, head]
+                    for element in range(where.shape[0]):
+                        target[where[element]] = held[element]
+
+
 class StandIn:
     """Copies of exit-loop K/V, all layers at once.
 
+    A compiled loop, not tensor indexing: K lies scattered over a page, and index tensors as large
+    as what is moved made a fill twice as slow.
+
     Args:
-        pages: [L, num_pages, kv_heads, page_elements], the cache of every layer.
+        pages: [L, num_pages, kv_heads, page_elements], the cache of every layer, in memory order.
         places: as `probe_layout` returns them. loops: T.
     """
 
     def __init__(self, pages: torch.Tensor, places: torch.Tensor, loops: int) -> None:
-        self.pages = pages
-        self.places = places
-        self.loops = loops
-        self._heads = torch.arange(pages.shape[2]).view(1, -1, 1)
+        integer = {1: torch.int8, 2: torch.int16, 4: torch.int32}[pages.element_size()]
+        self._pages = pages.view(integer).numpy()
+        self._places = places.numpy()
+        self._loops = loops
+        none = np.zeros(0, np.int64)
+        _copy(self._pages, none, none, none, self._places, loops)
 
     def fill(self, page: np.ndarray, offset: np.ndarray, depth: np.ndarray) -> None:
         """Fill loops depth + 1 .. T of cells.
 
         Args:
-            page: [M] physical pages of the cells' exit loop. offset: [M] position in the page.
-            depth: [M] exit loop, 1-based.
+            page: [M] int64, physical pages of the cells' exit loop.
+            offset: [M] int64, position in the page. depth: [M] int64, exit loop, 1-based.
         """
-        copies = self.loops - depth
-        cell = np.repeat(np.arange(len(page)), copies)
-        ahead = np.arange(len(cell)) - np.repeat(np.cumsum(copies) - copies, copies) + 1
-        place = self.places[torch.from_numpy(offset)].unsqueeze(1)
-        source = torch.from_numpy(page).view(-1, 1, 1)
-        values = self.pages[:, source, self._heads, place]
-        target = torch.from_numpy(page[cell] + ahead).view(-1, 1, 1)
-        index = torch.from_numpy(cell)
-        self.pages[:, target, self._heads, place[index]] = values[:, index]
+        _copy(self._pages, page, offset, depth, self._places, self._loops)

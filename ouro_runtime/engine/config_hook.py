@@ -14,6 +14,9 @@ SCHEDULER = "ouro_runtime.engine.scheduler.OuroScheduler"
 CPU_WORKER = "ouro_runtime.engine.cpu_worker.OuroCPUWorker"
 
 
+CPU_BLOCK_SIZE = 32
+
+
 class UnsupportedError(ValueError):
     """A vLLM feature that the looped engine cannot honour."""
 
@@ -31,6 +34,11 @@ class OuroConfigHook(VerifyAndUpdateConfig):
         if current_platform.is_cpu():
             os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
             parallel.worker_cls = CPU_WORKER
+            if not vllm_config.cache_config.user_specified_block_size:
+                # vLLM's CPU kernels keep K transposed inside a block: the smaller the block, the
+                # closer together the elements of one token, and the cheaper its stand-ins.
+                vllm_config.cache_config.block_size = CPU_BLOCK_SIZE
+                vllm_config.cache_config.user_specified_block_size = True
 
 
 def refuse(vllm_config: Any) -> None:
