@@ -38,7 +38,6 @@ class OuroConfig(PretrainedConfig):
     """
 
     model_type = "ouro"
-    keys_to_ignore_at_inference = ["past_key_values"]
 
     def __init__(
         self,
@@ -151,7 +150,7 @@ class ExitParams:
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """The served model's loops: their number T and the depth controls of a request that sets none."""
+    """The served model's number of loops T, and the depth controls of a request that sets none."""
 
     loops: int
     defaults: ExitParams
@@ -218,11 +217,13 @@ class StepReport:
         pass_rows: rows (cells) of each pass, in order; at most T entries.
         rows_by_loop: entry t: cells run at loop t + 1.
         tokens: tokens sampled in the step.
+        seconds: wall time of the passes by part (`ouro_runtime.loop.executor.PARTS`).
     """
 
     pass_rows: list[int] = field(default_factory=list)
     rows_by_loop: list[int] = field(default_factory=list)
     tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass

@@ -48,13 +48,17 @@ def refuse(vllm_config: Any) -> None:
     reasons = [
         (
             parallel.pipeline_parallel_size > 1,
-            "pipeline parallelism: every loop needs all layers, so a token would cross all stages "
-            "once per loop; use tensor or data parallelism",
+            (
+                "pipeline parallelism: every loop needs all layers, so a token would cross all stages "
+                "once per loop; use tensor or data parallelism"
+            ),
         ),
         (
             vllm_config.speculative_config is not None,
-            "speculative decoding: a step already yields several tokens, and its slots would "
-            "collide with the drafts'",
+            (
+                "speculative decoding: a step already yields several tokens, and its slots would "
+                "collide with the drafts'"
+            ),
         ),
         (
             vllm_config.lora_config is not None,

@@ -57,8 +57,7 @@ class OuroCPUModelRunner(CPUModelRunner):
         assert attention.backend is CPUAttentionBackend, attention.backend
         self._metadata_builder = attention.get_metadata_builder()
         layers = [
-            self.compilation_config.static_forward_context[name]
-            for name in self._group.layer_names
+            self.compilation_config.static_forward_context[name] for name in self._group.layer_names
         ]
         self._block_size = self._group.kv_cache_spec.block_size
         table = self.input_batch.block_table[0]
@@ -190,6 +189,7 @@ class OuroCPUModelRunner(CPUModelRunner):
                 pass_rows=result.pass_rows,
                 rows_by_loop=result.rows_by_loop.tolist(),
                 tokens=sum(map(len, output.sampled_token_ids)),
+                seconds=result.seconds,
             )
             output.ouro = StepOutput(
                 dict(zip(output.req_ids, result.depths, strict=True)),
@@ -201,9 +201,7 @@ class OuroCPUModelRunner(CPUModelRunner):
 
     # ---- a pass (ouro_runtime.loop.executor.PassRunner) ---------------------------------------
 
-    def run_pass(
-        self, hidden: torch.Tensor, rows: Rows, segments: Segments
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def prepare(self, rows: Rows, segments: Segments) -> None:
         slots = torch.from_numpy(self._pages.slots(rows.req, rows.pos, rows.loop))
         longest = int(segments.seq_len.max())
         first = torch.from_numpy(segments.first)
@@ -227,6 +225,8 @@ class OuroCPUModelRunner(CPUModelRunner):
         context = get_forward_context()
         context.attn_metadata = dict.fromkeys(self._group.layer_names, metadata)
         context.slot_mapping = dict.fromkeys(self._group.layer_names, slots)
+
+    def run_pass(self, hidden: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         return self.model.model(hidden, torch.from_numpy(rows.pos))
 
     def embed(self, tokens: np.ndarray) -> torch.Tensor:

@@ -22,6 +22,7 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
 from ouro_runtime.config import DepthReport, ExitParams, LoopConfig, StepReport
 from ouro_runtime.engine.pin import SeamError, check_parameters
+from ouro_runtime.loop.executor import PARTS
 
 REPORT_ID = "ouro-step-report"
 
@@ -32,15 +33,27 @@ def pack_depths(depths: list[int], loops_run: list[int]) -> np.ndarray:
 
 
 def pack_report(report: StepReport) -> EngineCoreOutput:
-    """An output that no request owns, holding [tokens, len(pass_rows), *pass_rows, *by_loop]."""
-    numbers = [report.tokens, len(report.pass_rows), *report.pass_rows, *report.rows_by_loop]
+    """An output that no request owns; `unpack_report` says what its numbers are."""
+    numbers = [
+        report.tokens,
+        len(report.pass_rows),
+        *(round(1e6 * report.seconds[part]) for part in PARTS),
+        *report.pass_rows,
+        *report.rows_by_loop,
+    ]
     return EngineCoreOutput(REPORT_ID, [], routed_experts=np.array(numbers, np.int64))
 
 
 def unpack_report(numbers: np.ndarray) -> StepReport:
-    """The inverse of `pack_report`."""
+    """The inverse of `pack_report`, with times to a microsecond."""
     tokens, passes, *rest = numbers.tolist()
-    return StepReport(pass_rows=rest[:passes], rows_by_loop=rest[passes:], tokens=tokens)
+    micros, rest = rest[: len(PARTS)], rest[len(PARTS) :]
+    return StepReport(
+        pass_rows=rest[:passes],
+        rows_by_loop=rest[passes:],
+        tokens=tokens,
+        seconds={part: 1e-6 * value for part, value in zip(PARTS, micros, strict=True)},
+    )
 
 
 def is_ouro(vllm_config: Any) -> bool:

@@ -33,7 +33,8 @@ class OuroScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.loop_config = LoopConfig.of(self.vllm_config)
-        assert self.num_lookahead_tokens == 0, "another feature claims the lookahead slots"
+        taken: int = self.num_lookahead_tokens
+        assert taken == 0, "another feature claims the lookahead slots"
         self.num_lookahead_tokens = self.loop_config.loops - 1
         self._clean: dict[str, CleanPrefix] = {}
         coordinator = self.kv_cache_manager.coordinator

@@ -7,6 +7,7 @@ is computed and a token is sampled the runner's.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Protocol
 
 import numpy as np
@@ -14,15 +15,20 @@ import torch
 
 from ouro_runtime.exit.gate import survive
 from ouro_runtime.exit.policy import ExitPolicy, ExitSignals, exit_mask
-from ouro_runtime.loop.planner import Carried, Rows, Segments, StepPlan
+from ouro_runtime.loop.planner import Carried, Move, Readout, Rows, Segments, StepPlan
+
+PARTS = ("block", "metadata", "read_out", "stand_in", "plan")
+"""Where the time of a pass goes: the block itself; attention metadata; logits and sampling;
+stand-in K/V; planning, exit rule and moving states."""
 
 
 class PassRunner(Protocol):
     """What the executor needs of an engine."""
 
-    def run_pass(
-        self, hidden: torch.Tensor, rows: Rows, segments: Segments
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def prepare(self, rows: Rows, segments: Segments) -> None:
+        """Point attention at the cells of the next pass."""
+
+    def run_pass(self, hidden: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """One application of the block: [N, H] -> normed states [N, H], lambda [N] float32."""
 
     def embed(self, tokens: np.ndarray) -> torch.Tensor:
@@ -50,6 +56,7 @@ class StepResult:
         hidden: [scheduled, H] normed states at loop T of the scheduled prompt positions (other
             entries are unspecified); None if nobody asked.
         pass_rows: rows of each pass. rows_by_loop: cells run at each loop, [T].
+        seconds: wall time by part of a pass, see `PARTS`.
     """
 
     depths: list[list[int]]
@@ -59,6 +66,19 @@ class StepResult:
     hidden: torch.Tensor | None = None
     pass_rows: list[int] = field(default_factory=list)
     rows_by_loop: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+
+
+class _Watch:
+    """Adds the time since the last call to a part."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds, self.last = seconds, perf_counter()
+
+    def __call__(self, part: str) -> None:
+        now = perf_counter()
+        self.seconds[part] += now - self.last
+        self.last = now
 
 
 class StepExecutor:
@@ -92,6 +112,7 @@ class StepExecutor:
             carried=[[] for _ in range(requests)],
             rows_by_loop=np.zeros(self.loops, np.int64),
         )
+        lap = _Watch(result.seconds)
         hidden = self._restore(plan, embedded)
         source = np.arange(len(plan.rows))
         source[plan.scheduled :] = -1
@@ -101,25 +122,32 @@ class StepExecutor:
             rows = plan.rows
             result.pass_rows.append(len(rows))
             result.rows_by_loop += np.bincount(rows.loop, minlength=self.loops)
+            segments = plan.segments()
+            lap("plan")
+            runner.prepare(rows, segments)
+            lap("metadata")
             before = hidden
-            hidden, halt = runner.run_pass(hidden, rows, plan.segments())
-            exits = self._exits(plan, before, hidden, halt, runner)
-            out = plan.readout(exits)
-            tokens = np.zeros(len(out.rows), np.int64)
-            finished = np.zeros(len(out.rows), bool)
-            if len(out.rows):
-                tokens, finished = self._read_out(plan, out, hidden, runner, result)
+            hidden, halt = runner.run_pass(hidden, rows)
+            lap("block")
+            out = plan.readout(self._exits(plan, before, hidden, halt, runner))
+            lap("plan")
+            tokens, finished = self._read_out(plan, out, hidden, runner, result)
+            lap("read_out")
             req, pos, depth = rows.req, rows.pos.copy(), rows.loop.copy()
             move = plan.advance(out, finished)
+            lap("plan")
             if len(move.fill):
                 runner.stand_in(req[move.fill], pos[move.fill], depth[move.fill])
+                lap("stand_in")
             if result.hidden is not None:
                 kept = move.done[source[move.done] >= 0]
                 result.hidden[torch.from_numpy(source[kept])] = hidden[torch.from_numpy(kept)]
             hidden, source = self._follow(hidden, source, move, tokens, runner)
+            lap("plan")
         for row, request, carried in plan.leftovers():
             carried.hidden = hidden[row].clone()
             result.carried[request].append(carried)
+        lap("plan")
         return result
 
     def _restore(self, plan: StepPlan, embedded: torch.Tensor) -> torch.Tensor:
@@ -165,7 +193,7 @@ class StepExecutor:
     def _read_out(
         self,
         plan: StepPlan,
-        out,
+        out: Readout,
         hidden: torch.Tensor,
         runner: PassRunner,
         result: StepResult,
@@ -173,6 +201,8 @@ class StepExecutor:
         """Sample the rows that left; put deferred ones aside. Tokens [M] and finished [M]."""
         tokens = np.zeros(len(out.rows), np.int64)
         finished = np.zeros(len(out.rows), bool)
+        if not len(out.rows):
+            return tokens, finished
         states = hidden if len(out.rows) == len(hidden) else hidden[torch.from_numpy(out.rows)]
         full = plan.runs_every_loop(out)
         for index, request in enumerate(out.req.tolist()):
@@ -189,7 +219,14 @@ class StepExecutor:
             tokens[now], finished[now] = runner.sample(out.req[now], picked)
         return tokens, finished
 
-    def _follow(self, hidden, source, move, tokens, runner):
+    def _follow(
+        self,
+        hidden: torch.Tensor,
+        source: np.ndarray,
+        move: Move,
+        tokens: np.ndarray,
+        runner: PassRunner,
+    ) -> tuple[torch.Tensor, np.ndarray]:
         """Move hidden states as the planner moved the rows."""
         started = np.concatenate([move.reuse, move.append])
         if len(started):

@@ -1,6 +1,6 @@
 """What would N requests do? Replays depth traces through the planner, without a model or a GPU.
 
-    python -m ouro_runtime.loop.simulate --requests 2000 --slots 512 --mean-depth 2.5
+python -m ouro_runtime.loop.simulate --requests 2000 --slots 512 --mean-depth 2.5
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Occupancy:
 
 def simulate(traces: list[Trace], slots: int, loops: int, exact: bool = False) -> Occupancy:
     """Run every trace to its end, at most `slots` at a time, first come first served."""
-    waiting, running = deque(traces), []
+    waiting = deque(traces)
+    running: list[Trace] = []
     out = Occupancy()
     while waiting or running:
         while waiting and len(running) < slots:
@@ -114,7 +115,8 @@ def main() -> None:
     print(f"pass occupancy {rows.mean() / args.slots:.1%} of the slots")
     print(f"tokens per pass {tokens / len(rows):.1f}, per step {tokens / len(out.tokens):.1f}")
     print(f"passes a full-depth server needs for the same tokens: {lockstep}")
-    print(f"gain {lockstep / len(rows):.2f}x, bound T / mean depth {args.loops * tokens / out.cells:.2f}x")
+    bound = args.loops * tokens / out.cells
+    print(f"gain {lockstep / len(rows):.2f}x, bound T / mean depth {bound:.2f}x")
 
 
 if __name__ == "__main__":

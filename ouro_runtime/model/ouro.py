@@ -1,6 +1,7 @@
 """`OuroForCausalLM` for vLLM: embedding, looped block, read-out."""
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ class OuroForCausalLM(nn.Module, SupportsQuant):
     """A looped language model. The engine runs the loops; `forward` alone is one pass."""
 
     hf_to_vllm_mapper = LoopBlock.hf_to_vllm_mapper
-    packed_modules_mapping = {
+    packed_modules_mapping: ClassVar = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }

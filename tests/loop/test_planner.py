@@ -46,8 +46,8 @@ class Recorder:
 
     def __init__(self, requests: list[Request], loops: int) -> None:
         self.requests, self.loops, self.clock = requests, loops, 0
-        self.ran = [dict() for _ in requests]
-        self.filled = [dict() for _ in requests]
+        self.ran = [{} for _ in requests]
+        self.filled = [{} for _ in requests]
 
     def step(self, chosen: list[int], budget: int) -> None:
         active = [self.requests[i] for i in chosen]

@@ -1,0 +1,89 @@
+"""Depth in Prometheus: what tokens, requests, passes and steps cost in loops.
+
+`ouro_runtime/engine/stat_logger.py` feeds this from vLLM's statistics;
+vLLM's `/metrics` exports it.
+"""
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
+
+from ouro_runtime.config import DepthReport, StepReport
+
+PREFIX = "ouro_"
+STEP_BUCKETS = tuple(2**i for i in range(14))
+"""Rows of a pass and tokens of a step: 1, 2, 4 .. 8192."""
+
+
+def depth_buckets(loops: int) -> tuple[float, ...]:
+    """Bucket bounds of a mean depth: quarters of a loop from 1 to `loops`."""
+    return tuple(1 + i / 4 for i in range(4 * (loops - 1) + 1))
+
+
+def unregister(registry: CollectorRegistry) -> None:
+    """Forget the collectors of an earlier `DepthMetrics`, so that a process may start anew."""
+    for collector in set(registry._names_to_collectors.values()):
+        if getattr(collector, "_name", "").startswith(PREFIX):
+            registry.unregister(collector)
+
+
+class DepthMetrics:
+    """The `ouro_*` metrics of one served model.
+
+    Args:
+        model_name: value of the label `model_name`, as vLLM's metrics carry it.
+        loops: T. Every depth and loop from 1 to T is exported from the start.
+        registry: where the metrics are registered; replaces those of an earlier `DepthMetrics`.
+    """
+
+    def __init__(self, model_name: str, loops: int, registry: CollectorRegistry = REGISTRY) -> None:
+        unregister(registry)
+        self.loops = loops
+        numbers = [str(n) for n in range(1, loops + 1)]
+        label = ["model_name"]
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(PREFIX + name, text, label, registry=registry).labels(model_name)
+
+        def counters(name: str, text: str, by: str) -> list[Counter]:
+            family = Counter(PREFIX + name, text, [*label, by], registry=registry)
+            return [family.labels(model_name, number) for number in numbers]
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(PREFIX + name, text, label, buckets=buckets, registry=registry).labels(
+                model_name
+            )
+
+        self.tokens = counters("tokens", "Generated tokens by read-out loop.", "depth")
+        self.loops_run = counter(
+            "loops_run", "Loops executed at the positions that produced the generated tokens."
+        )
+        self.loops_skipped = counter(
+            "loops_skipped", "Loops not executed there: T x generated tokens - loops run."
+        )
+        self.mean_depth = histogram(
+            "request_mean_depth", "Mean depth of a finished request's tokens.", depth_buckets(loops)
+        )
+        self.cells = counters("cells", "Cells (one position at one loop) run, by loop.", "loop")
+        self.pass_rows = histogram("pass_rows", "Cells in one pass.", STEP_BUCKETS)
+        self.step_tokens = histogram(
+            "step_tokens", "Tokens sampled in one engine step.", STEP_BUCKETS
+        )
+
+    def record(self, report: DepthReport) -> None:
+        """Count what one engine iteration brought."""
+        for depth in report.depths:
+            self.tokens[depth - 1].inc()
+        loops_run = sum(report.loops_run)
+        self.loops_run.inc(loops_run)
+        self.loops_skipped.inc(self.loops * len(report.depths) - loops_run)
+        for total, tokens in report.finished:
+            if tokens:
+                self.mean_depth.observe(total / tokens)
+        for step in report.steps:
+            self._record_step(step)
+
+    def _record_step(self, step: StepReport) -> None:
+        for rows in step.pass_rows:
+            self.pass_rows.observe(rows)
+        for cells, rows in zip(self.cells, step.rows_by_loop, strict=False):
+            cells.inc(rows)
+        self.step_tokens.observe(step.tokens)
