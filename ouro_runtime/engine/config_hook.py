@@ -49,8 +49,8 @@ def refuse(vllm_config: Any) -> None:
         (
             parallel.pipeline_parallel_size > 1,
             (
-                "pipeline parallelism: every loop needs all layers, so a token would cross all stages "
-                "once per loop; use tensor or data parallelism"
+                "pipeline parallelism: every loop needs all layers, so a token would cross all "
+                "stages once per loop; use tensor or data parallelism"
             ),
         ),
         (

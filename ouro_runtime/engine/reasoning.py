@@ -112,10 +112,10 @@ class OuroReasoningParser(ParserEngineReasoningAdapter):
         return count
 
 
-def reading_ids(parser_cls: type) -> type:
+def reading_ids(parser_cls: Any) -> Any:
     """A composed vLLM parser class that hands token ids to an `OuroReasoningParser`."""
 
-    class IdParser(parser_cls):  # type: ignore[valid-type, misc]
+    class IdParser(parser_cls):
         def set_prompt_token_ids(self, prompt_token_ids: Sequence[int]) -> None:
             self._reasoning_parser.begin(prompt_token_ids)
 

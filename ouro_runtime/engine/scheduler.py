@@ -30,11 +30,12 @@ check_parameters(Scheduler._free_request_blocks, "request")
 class OuroScheduler(Scheduler):
     """Synchronous scheduler of looped models."""
 
+    num_lookahead_tokens: int
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.loop_config = LoopConfig.of(self.vllm_config)
-        taken: int = self.num_lookahead_tokens
-        assert taken == 0, "another feature claims the lookahead slots"
+        assert self.num_lookahead_tokens == 0, "another feature claims the lookahead slots"
         self.num_lookahead_tokens = self.loop_config.loops - 1
         self._clean: dict[str, CleanPrefix] = {}
         coordinator = self.kv_cache_manager.coordinator

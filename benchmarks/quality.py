@@ -1,0 +1,305 @@
+"""`make quality`: accuracy of a checkpoint by family, difficulty, depth, gate and mode.
+
+Writes `quality.json`, `quality.md` and `quality.png` into `benchmarks/results/`. Figures of `skip`
+and `exact` come from the served engine (vLLM's `LLM`); other gates than the shipped one, and
+the mode `shared`, which the engine does not have, come from the PyTorch reference, and say so.
+"""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from ouro_runtime.training.evaluate import (
+    Check,
+    Result,
+    Setting,
+    checks,
+    fixed_at,
+    prompts_of,
+    score,
+    suite,
+)
+from ouro_runtime.training.export import load
+from ouro_runtime.training.reference import MODES, Controls, Reference
+from ouro_runtime.training.tasks import FAMILIES
+
+ROOT = Path(__file__).resolve().parent.parent
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+MAX_TOKENS = 24
+SHIPPED = "shipped"
+
+Replies = tuple[list[list[int]], list[list[int]]]
+"""Token ids and their depths, per prompt, the stop token included."""
+
+
+class Backend(Protocol):
+    name: str
+
+    def generate(self, prompts: Sequence[Sequence[int]], setting: Setting) -> Replies: ...
+
+
+class ReferenceBackend:
+    """The PyTorch oracle. The same prompts are prefilled once, whatever the settings."""
+
+    name = "reference"
+
+    def __init__(self, model: Path, gates: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        lm, _ = load(model)
+        self.engines = {SHIPPED: Reference(lm)} | {n: Reference(lm, g) for n, g in gates.items()}
+        self._key: int | None = None
+        self._start: Any = None
+
+    def generate(self, prompts: Sequence[Sequence[int]], setting: Setting) -> Replies:
+        engine = self.engines[setting.gate]
+        if self._key != id(prompts):
+            self._key, self._start = id(prompts), engine.prefill(prompts, MAX_TOKENS)
+        return engine.decode(self._start, setting.controls, MAX_TOKENS)
+
+
+class EngineBackend:
+    """The served engine, through vLLM's own `LLM`."""
+
+    name = "engine"
+
+    def __init__(self, model: Path) -> None:
+        from vllm import LLM
+
+        self.llm = LLM(model=str(model), dtype="float32", max_model_len=512, max_num_seqs=64)
+
+    def generate(self, prompts: Sequence[Sequence[int]], setting: Setting) -> Replies:
+        from vllm import SamplingParams
+
+        c = setting.controls
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=MAX_TOKENS,
+            stop_token_ids=[0, 2],
+            extra_args={
+                "exit_threshold": c.exit_threshold,
+                "min_loops": c.min_loops,
+                "max_loops": c.max_loops,
+                "exit_mode": c.exit_mode,
+            },
+        )
+        inputs = [{"prompt_token_ids": list(p)} for p in prompts]
+        outs = [o.outputs[0] for o in self.llm.generate(inputs, params, use_tqdm=False)]
+        return [list(o.token_ids) for o in outs], [list(o.depths) for o in outs]
+
+
+def sweep(loops: int, gates: Sequence[str], thresholds: Sequence[float]) -> list[Setting]:
+    """Fixed depths; the shipped gate in every mode; the other gates in `skip`."""
+    out = [Setting(SHIPPED, Controls(max_loops=d)) for d in range(1, loops + 1)]
+    out.append(Setting(SHIPPED, Controls(max_loops=loops, exit_mode="shared")))
+    for mode in MODES:
+        out += [Setting(SHIPPED, Controls(q, 1, loops, mode)) for q in thresholds]
+    for gate in gates:
+        out += [Setting(gate, Controls(q, 1, loops)) for q in thresholds]
+    return out
+
+
+def measure(
+    settings: Sequence[Setting],
+    engine: Backend,
+    reference: Backend,
+    problems: int,
+    tok: Tokenizer,
+    loops: int,
+) -> list[tuple[str, Result]]:
+    """Every setting over the suite: (backend it ran on, result)."""
+    results = [Result(s) for s in settings]
+    names = [
+        (engine if s.gate == SHIPPED and s.controls.exit_mode != "shared" else reference)
+        for s in settings
+    ]
+    cells = suite(problems)
+    bar = tqdm(total=len(cells) * len(settings), desc="quality", mininterval=5.0)
+    for cell, drawn in cells.items():
+        prompts = prompts_of(drawn, tok)
+        for backend, result in zip(names, results, strict=True):
+            tokens, depths = backend.generate(prompts, result.setting)
+            result.cells[cell] = score(drawn, tokens, depths, tok, loops)
+            bar.update()
+    bar.close()
+    return [(b.name, r) for b, r in zip(names, results, strict=True)]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(r) + " |" for r in rows])
+
+
+def report(results: list[Result], targets: list[Check], best: Result | None, facts: str) -> str:
+    """The markdown page."""
+    fixed = fixed_depths(results)
+    rows = []
+    for family, level in fixed[-1].cells:
+        row = [family, f"{level + 1} {FAMILIES[family].unit}"]
+        row += [f"{r.cells[family, level].accuracy:.1f}" for r in fixed]
+        if best is not None:
+            cell = best.cells[family, level]
+            row += [f"{cell.accuracy:.1f}", f"{cell.depth:.2f}"]
+        rows.append(row)
+    head = ["family", "difficulty", *(f"depth {r.setting.controls.max_loops}" for r in fixed)]
+    if best is not None:
+        q = best.setting.controls.exit_threshold
+        head += [f"skip q={q:g}", "its mean depth"]
+    points = [
+        [
+            r.setting.gate if r.setting.controls.exit_threshold < 1 else "none",
+            r.setting.controls.exit_mode,
+            f"{r.setting.controls.exit_threshold:g}",
+            str(r.setting.controls.max_loops),
+            f"{r.total().depth:.2f}",
+            f"{r.total().accuracy:.2f}",
+            f"{r.total().accuracy - fixed_at(fixed, r.total().depth):+.2f}",
+        ]
+        for r in results
+    ]
+    verdicts = [["yes" if c.holds else "NO", c.target, c.measured] for c in targets]
+    return "\n\n".join(
+        [
+            "# Quality of ouro-mini",
+            facts,
+            "![frontiers](quality.png)",
+            "## Targets",
+            table(("holds", "target", "measured"), verdicts),
+            "## Exact match in percent, by family, difficulty and depth",
+            table(head, rows),
+            "## Every setting, over the whole suite",
+            table(
+                ("gate", "mode", "q", "max", "mean depth", "exact match %", "less fixed depth"),
+                points,
+            ),
+        ]
+    ) + "\n"  # fmt: skip
+
+
+def fixed_depths(results: Sequence[Result]) -> list[Result]:
+    return [
+        r
+        for r in results
+        if r.setting.controls.exit_threshold >= 1 and r.setting.controls.exit_mode != "shared"
+    ]
+
+
+def gated(results: Sequence[Result], gate: str, mode: str) -> list[Result]:
+    return [
+        r
+        for r in results
+        if r.setting.gate == gate
+        and r.setting.controls.exit_mode == mode
+        and r.setting.controls.exit_threshold < 1
+    ]
+
+
+def picture(results: list[Result], best: Result | None, path: Path) -> None:
+    """Gates, modes, and depth by difficulty, side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fixed = fixed_depths(results)
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5))
+    gates = [SHIPPED, *sorted({r.setting.gate for r in results} - {SHIPPED})]
+    curves = [
+        (axes[0], "gates (skip)", [(g, gated(results, g, "skip")) for g in gates]),
+        (axes[1], "modes (shipped gate)", [(m, gated(results, SHIPPED, m)) for m in MODES]),
+    ]
+    for axis, title, series in curves:
+        axis.plot(
+            [r.total().depth for r in fixed],
+            [r.total().accuracy for r in fixed],
+            "k--o",
+            label="fixed depth",
+        )
+        for name, points in series:
+            if points:
+                xs, ys = [p.total().depth for p in points], [p.total().accuracy for p in points]
+                style = "-o" if name == SHIPPED or title.startswith("modes") else "--."
+                axis.plot(xs, ys, style, label=name, alpha=0.8)
+        axis.set(title=title, xlabel="mean depth of generated tokens", ylabel="exact match, %")
+        axis.legend()
+        axis.grid(alpha=0.3)
+    if best is not None:
+        for family in dict.fromkeys(f for f, _ in best.cells):
+            levels = [n for f, n in best.cells if f == family]
+            axes[2].plot(
+                [n + 1 for n in levels],
+                [best.cells[family, n].depth for n in levels],
+                "-o",
+                label=family,
+            )
+        q = best.setting.controls.exit_threshold
+        axes[2].set(
+            title=f"mean depth by difficulty, q = {q:g}",
+            xlabel="digits, operations, links, swaps",
+            ylabel="depth",
+        )
+        axes[2].legend()
+        axes[2].grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def read_gates(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    if not path.exists():
+        return {}
+    data = np.load(path)
+    names = sorted({k.rsplit(".", 1)[0] for k in data.files})
+    return {
+        n: (torch.from_numpy(data[f"{n}.weight"]), torch.from_numpy(data[f"{n}.bias"]))
+        for n in names
+    }
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("--backend", choices=("engine", "reference"), default="engine")
+    p.add_argument("--model", type=Path, default=ROOT / "ouro_runtime/checkpoints/ouro-mini")
+    p.add_argument("--gates", type=Path, default=ROOT / "benchmarks/results/quality.gates.npz")
+    p.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    p.add_argument("--problems", type=int, default=500, help="per family and difficulty")
+    p.add_argument("--thresholds", type=float, nargs="+", default=THRESHOLDS)
+    args = p.parse_args()
+    start = time.monotonic()
+    lm, tok = load(args.model)
+    loops = lm.cfg.loops
+    gates = read_gates(args.gates)
+    reference = ReferenceBackend(args.model, gates)
+    engine: Backend = reference if args.backend == "reference" else EngineBackend(args.model)
+    settings = sweep(loops, sorted(gates), args.thresholds)
+    ran = measure(settings, engine, reference, args.problems, tok, loops)
+    results = [r for _, r in ran]
+    targets, best = checks(fixed_depths(results), gated(results, SHIPPED, "skip"))
+    facts = (
+        f"{args.problems} held-out problems per family and difficulty, greedy, float32. Fixed "
+        f"depths, `skip` and `exact` of the shipped gate: {engine.name}; `shared` and the "
+        f"other gates: {reference.name}. torch {torch.__version__}, {platform.machine()} CPU, "
+        f"{(time.monotonic() - start) / 60:.0f} minutes."
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    page = {
+        "facts": facts,
+        "targets": [vars(c) for c in targets],
+        "recommended": best.setting.label if best else None,
+        "results": [{"backend": b} | r.to_dict() for b, r in ran],
+    }
+    (args.out / "quality.json").write_text(json.dumps(page, indent=1) + "\n")
+    text = report(results, targets, best, facts)
+    (args.out / "quality.md").write_text(text)
+    picture(results, best, args.out / "quality.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""What the benchmark asks of an engine, and the bounds it holds the answers against."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+
+SHARES: dict[float, tuple[float, ...]] = {
+    4.0: (0.0, 0.0, 0.0, 1.0),
+    2.5: (0.25, 0.25, 0.25, 0.25),
+    2.0: (0.375, 0.375, 0.125, 0.125),
+    1.5: (0.6875, 0.1875, 0.0625, 0.0625),
+}
+"""Mean depth -> share of the tokens that leave at each of the four loops."""
+
+
+def depth_lists(mean: float, tokens: int, requests: int, seed: int = 0) -> list[list[int]]:
+    """Forced depths of `requests` requests of `tokens` tokens.
+
+    All get the same depths in orders of their own, so that every request runs as many loops and
+    the batch stays full to the end.
+    """
+    shares = SHARES[mean]
+    counts = [int(share * tokens) for share in shares]
+    short = tokens - sum(counts)
+    for index in sorted(range(4), key=lambda i: counts[i] - shares[i] * tokens)[:short]:
+        counts[index] += 1
+    depths = [loop for loop, count in enumerate(counts, 1) for _ in range(count)]
+    rng = random.Random(seed)
+    return [rng.sample(depths, len(depths)) for _ in range(requests)]
+
+
+def prompts(requests: int, length: int, vocab: int, seed: int = 0) -> list[list[int]]:
+    """Random prompts; id 0, the released models' EOS, is left out."""
+    rng = random.Random(seed)
+    return [[rng.randrange(1, vocab) for _ in range(length)] for _ in range(requests)]
+
+
+def fit_line(seconds: Mapping[int, float]) -> tuple[float, float]:
+    """(F0, F1) of the least-squares line: a token's seconds at a fixed depth are F0 + depth F1."""
+    line = statistics.linear_regression(list(seconds), list(seconds.values()))
+    return line.intercept, line.slope
+
+
+def bound(fixed: float, loop: float, loops: int, mean: float) -> float:
+    """The most that a mean depth of `mean` can bring over full depth: (F0 + T F1) / (F0 + d F1)."""
+    return (fixed + loops * loop) / (fixed + mean * loop)
+
+
+def agreement(left: Sequence[Sequence[int]], right: Sequence[Sequence[int]]) -> float:
+    """Share of tokens that come before the first one that differs."""
+    same = total = 0
+    for one, other in zip(left, right, strict=True):
+        total += len(one)
+        for a, b in zip(one, other, strict=True):
+            if a != b:
+                break
+            same += 1
+    return same / total

@@ -1,0 +1,58 @@
+"""Runs the whole test suite: quick folders first, then kernels, then what starts engines.
+
+Each stage is a pytest process of its own. The kernels need one: on a machine without a GPU their
+tests set TRITON_INTERPRET=1, which triton reads when it is imported, and vLLM imports it too. All
+stages run even if one fails; the exit status says whether any did.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ENGINES = ("benchmarks", "engine", "server")
+"""Folders of tests/ that start vLLM engines, and so come last."""
+
+NOT_TESTS = ("golden",)
+NO_TESTS = 5
+"""pytest's exit status when it collected nothing."""
+
+
+def stages(tests: Path) -> dict[str, list[str]]:
+    """What each pytest process runs, in order; every test below `tests` is in exactly one."""
+    folders = {
+        path.name
+        for path in tests.iterdir()
+        if path.is_dir() and path.name not in NOT_TESTS and any(path.rglob("test_*.py"))
+    }
+    loose = sorted(path.name for path in tests.glob("test_*.py"))
+    plan = {
+        "quick": [*loose, *sorted(folders - {"kernels", *ENGINES})],
+        "kernels": ["kernels"] if "kernels" in folders else [],
+        "engines": [name for name in ENGINES if name in folders],
+    }
+    return {name: [str(tests / path) for path in paths] for name, paths in plan.items() if paths}
+
+
+def main(arguments: list[str]) -> int:
+    """Run every stage with `arguments` for pytest; 1 if any failed."""
+    closings = []
+    for name, paths in stages(ROOT / "tests").items():
+        print(f"\n== {name} tests", flush=True)
+        started = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-m", "not gpu", *arguments, *paths], cwd=ROOT
+        )
+        passed = done.returncode in (0, NO_TESTS)
+        closings.append((name, passed, time.monotonic() - started))
+    print("\n== all tests")
+    for name, passed, seconds in closings:
+        print(f"{'passed' if passed else 'FAILED'}  {name} ({seconds:.0f} s)")
+    return 0 if all(passed for _, passed, _ in closings) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,123 @@
+"""What the command line must know of a checkpoint before vLLM loads it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ouro_runtime
+from ouro_runtime.config import DepthError, LoopConfig, check_loops, check_mode, check_threshold
+from ouro_runtime.model.checkpoint import CheckpointError, check_checkpoint
+
+SHIPPED_NAME = "ouro-mini"
+THINK_TOKENS = {"<think>": 3, "</think>": 4}
+FULL_REQUESTS = 8
+"""Requests of full length the default K/V pool has room for."""
+
+_GIB = 2**30
+_ANY_LOOPS = 10**6
+
+
+class RefusedError(Exception):
+    """A checkpoint that cannot be served; the message says why."""
+
+
+def shipped() -> Path:
+    """The folder of the checkpoint that comes with the package."""
+    return Path(ouro_runtime.__file__).parent / "checkpoints" / SHIPPED_NAME
+
+
+def read_config(model: str) -> dict[str, Any] | None:
+    """A local checkpoint's `config.json`; None for one that is not a local folder.
+
+    Raises:
+        RefusedError: when the folder has no readable `config.json`.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        if folder.is_absolute() or model.startswith("."):
+            raise RefusedError(f"{model}: no such folder")
+        return None
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        raise RefusedError(f"{model}: no config.json in this folder") from None
+    except ValueError as error:
+        raise RefusedError(f"{model}: config.json is not JSON ({error})") from None
+    if not isinstance(config, dict) or config.get("model_type") != "ouro":
+        kind = config.get("model_type") if isinstance(config, dict) else None
+        raise RefusedError(f"{model}: model_type is {kind!r}; ouro-serve serves 'ouro' models")
+    return config
+
+
+def check_depth_defaults(config: dict[str, Any] | None, depth: dict[str, Any]) -> None:
+    """Check the server's depth defaults against a checkpoint, or on their own if it is not local.
+
+    Raises:
+        DepthError: naming the option.
+    """
+    if config is not None:
+        LoopConfig.parse(SimpleNamespace(**config), depth)
+        return
+    checks: dict[str, Callable[[Any], object]] = {
+        "exit_threshold": check_threshold,
+        "exit_mode": check_mode,
+        "min_loops": lambda v: check_loops("min_loops", v, _ANY_LOOPS),
+        "max_loops": lambda v: check_loops("max_loops", v, _ANY_LOOPS),
+    }
+    for name, value in depth.items():
+        if name not in checks:
+            raise DepthError(name, f"unknown setting {name!r} of ouro")
+        checks[name](value)
+
+
+def check_files(model: str) -> None:
+    """Compare a local checkpoint's tensors with its config, from headers only.
+
+    Raises:
+        RefusedError: naming what is wrong.
+    """
+    try:
+        check_checkpoint(model)
+    except CheckpointError as error:
+        raise RefusedError(str(error)) from None
+
+
+def separates_reasoning(model: str) -> bool:
+    """Whether the tokenizer marks reasoning with the released checkpoints' token ids.
+
+    True for a checkpoint that is not local: the released ones do.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return True
+    try:
+        added = json.loads((folder / "tokenizer.json").read_text()).get("added_tokens", [])
+    except (OSError, ValueError):
+        return False
+    ids = {token["content"]: token["id"] for token in added}
+    return all(ids.get(name) == number for name, number in THINK_TOKENS.items())
+
+
+def stored_dtype(config: dict[str, Any]) -> str | None:
+    """The number format of a checkpoint, from its `config.json`."""
+    return config.get("torch_dtype") or config.get("dtype")
+
+
+def full_request_bytes(config: dict[str, Any], length: int | None = None) -> int:
+    """K/V of one request of `length` tokens, by default as long as the checkpoint allows."""
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    layers = config["total_ut_steps"] * config["num_hidden_layers"]
+    bytes_each = 4 if stored_dtype(config) == "float32" else 2
+    per_token = 2 * layers * kv_heads * head_dim * bytes_each
+    return per_token * (length or config["max_position_embeddings"])
+
+
+def kv_pool_bytes(config: dict[str, Any], available: int, length: int | None = None) -> int:
+    """Default size of the K/V pool on CPU: room for `FULL_REQUESTS` requests of full length, at
+    least 256 MiB, at most a quarter of the memory `available` (bytes not in use)."""
+    wanted = FULL_REQUESTS * full_request_bytes(config, length)
+    return int(min(max(wanted, _GIB // 4), available / 4))

@@ -1,0 +1,98 @@
+"""`ouro-serve`: the depth options, then vLLM's server."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from ouro_runtime.config import DepthError
+from ouro_server import checkpoint, settings
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+_OPTION = {name: "--" + name.replace("_", "-") for name in settings.DEPTH_FIELDS}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until stopped. Exit status 2, and one line, for what cannot be served."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = settings.depth_parser()
+    if any(arg in ("-h", "--help") or arg.startswith("--help=") for arg in argv):
+        return _help(argv)
+    options, rest = parser.parse_known_args(argv)
+    depth = settings.depth_settings(options)
+    model = settings.guess_model(rest) or str(checkpoint.shipped())
+    try:
+        config = checkpoint.read_config(model)
+        checkpoint.check_depth_defaults(config, depth)
+        _prepare_environment(argv, local_model=Path(model).is_dir())
+        return _serve(rest, depth)
+    except DepthError as error:
+        return _fail(_in_terms_of_options(error))
+    except checkpoint.RefusedError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _serve(rest: Sequence[str], depth: dict[str, object]) -> int:
+    from ouro_server import launch
+
+    args = launch.parse(rest)
+    config = checkpoint.read_config(args.model)
+    merged = settings.merge_additional_config(args.additional_config, depth)
+    checkpoint.check_depth_defaults(config, merged["ouro"])
+    if config is not None and args.load_format in ("auto", "safetensors"):
+        checkpoint.check_files(args.model)
+    name = (args.served_model_name or [args.model])[0]
+    launch.say(f"Ouro Serve: loading {name} and warming up; this can take a minute")
+    launch.complete(args, depth, config)
+    try:
+        launch.run(args)
+    except ValueError as error:
+        # What the engine's configuration refuses. An engine that dies later raises RuntimeError.
+        if os.environ.get("VLLM_LOGGING_LEVEL", "").upper() == "DEBUG":
+            raise
+        return _fail(_reason(error))
+    return 0
+
+
+def _help(argv: Sequence[str]) -> int:
+    settings.depth_parser().print_help()
+    print("\nloading vLLM's options ...", file=sys.stderr, flush=True)
+    _prepare_environment(argv, local_model=True)
+    from ouro_server import launch
+
+    wanted = [arg for arg in argv if arg.startswith("--help=")] or ["--help"]
+    print()
+    sys.stdout.flush()
+    launch.build_parser().parse_args(wanted[:1])
+    return 0
+
+
+def _prepare_environment(argv: Sequence[str], local_model: bool) -> None:
+    os.environ.update(settings.environment(os.environ, argv, local_model))
+
+
+def _in_terms_of_options(error: DepthError) -> str:
+    """A depth error as the command line's user knows the field."""
+    option = _OPTION.get(error.param, error.param)
+    return str(error).replace(error.param, option, 1)
+
+
+def _reason(error: ValueError) -> str:
+    """What is wrong, without pydantic's account of where in vLLM's configuration it is."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
+
+
+def _fail(message: str) -> int:
+    print(f"ouro-serve: error: {message}", file=sys.stderr, flush=True)
+    return USAGE_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""From a command line to a running vLLM server. Imports vLLM: call `settings.environment` first."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import psutil
+
+from ouro_server import checkpoint, settings
+from ouro_server.vllm_api import (
+    FlexibleArgumentParser,
+    ServeSubcommand,
+    cli_env_setup,
+    configure_logging_from_args,
+    current_platform,
+    make_arg_parser,
+    validate_parsed_serve_args,
+)
+
+KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
+AUTO_LENGTH = -1
+"""vLLM's `--max-model-len auto`: as long as one request can be in the K/V pool."""
+
+DEFAULTS = {
+    "host": "127.0.0.1",
+    "port": 8000,
+    "uvicorn_log_level": "warning",
+    "enable_auto_tool_choice": True,
+    "tool_call_parser": "hermes",
+}
+"""Where vLLM's own default would be another. A user's choice wins, on the line or in --config."""
+
+_EPILOG = (
+    "ouro-serve --help=all lists every vLLM option; --help=SECTION one section, e.g. Frontend;\n"
+    "--help=WORD the options whose name contains the word, e.g. --help=max-model-len."
+)
+
+
+class ServeParser(FlexibleArgumentParser):
+    """vLLM's parser, saying what is wrong in one line instead of printing every option."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """vLLM's server options with our defaults."""
+    parser = make_arg_parser(
+        ServeParser(
+            prog="ouro-serve",
+            usage="ouro-serve [MODEL] [depth options] [options]",
+            description="Options of vLLM's server",
+        )
+    )
+    parser.epilog = _EPILOG
+    parser.set_defaults(**DEFAULTS)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """vLLM's options, MODEL in `model`: the shipped checkpoint unless one was named."""
+    parser = build_parser()
+    args = parser.parse_args(list(argv))
+    if args.model_tag is not None:
+        args.model = args.model_tag
+    elif args.model == parser.get_default("model"):
+        args.model = str(checkpoint.shipped())
+        args.served_model_name = args.served_model_name or [checkpoint.SHIPPED_NAME]
+        outputs = args.structured_outputs_config
+        if outputs.backend == "auto":
+            # Left free to, so small a model fills JSON with spaces until max_tokens.
+            args.structured_outputs_config = replace(
+                outputs, backend="xgrammar", disable_any_whitespace=True
+            )
+    # The subcommand prefers `model_tag`, and one that is set hides a model from --config.
+    args.model_tag = None
+    args.subparser = "serve"
+    return args
+
+
+def complete(
+    args: argparse.Namespace, depth: dict[str, Any], config: dict[str, Any] | None
+) -> None:
+    """Put on `args` what depends on the checkpoint, only where the user did not choose."""
+    args.additional_config = settings.merge_additional_config(args.additional_config, depth)
+    if not args.reasoning_parser and checkpoint.separates_reasoning(args.model):
+        args.reasoning_parser = "ouro"
+    if args.reasoning_parser == "ouro" and not args.reasoning_parser_plugin:
+        args.reasoning_parser_plugin = "ouro_runtime.engine.reasoning"
+    if args.dtype == "auto" and config is not None and checkpoint.stored_dtype(config) == "float32":
+        # vLLM would round to bfloat16, and near a threshold a depth with it.
+        args.dtype = "float32"
+    pool_chosen = KV_SPACE in os.environ or args.kv_cache_memory_bytes is not None
+    if config is not None and current_platform.is_cpu() and not pool_chosen:
+        available = psutil.virtual_memory().available
+        size = checkpoint.kv_pool_bytes(config, available, _length(args))
+        args.kv_cache_memory_bytes = size
+        if args.max_model_len is None and size < checkpoint.full_request_bytes(config):
+            args.max_model_len = AUTO_LENGTH
+        say(
+            f"K/V pool: {size / 2**20:,.0f} MiB, room for {checkpoint.FULL_REQUESTS} requests of "
+            f"full length or a quarter of free memory ({KV_SPACE}, in GiB, sets another)"
+        )
+
+
+def _length(args: argparse.Namespace) -> int | None:
+    length = args.max_model_len
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve until stopped."""
+    cli_env_setup()
+    configure_logging_from_args(args)
+    validate_parsed_serve_args(args)
+    ServeSubcommand.cmd(args)
+
+
+def say(text: str) -> None:
+    """One line of progress."""
+    print(text, flush=True)

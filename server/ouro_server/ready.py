@@ -1,0 +1,39 @@
+"""The line that says when and where the server serves."""
+
+import asyncio
+from argparse import Namespace
+
+from starlette.datastructures import State
+
+_POLL_SECONDS = 0.05
+
+
+def address(args: Namespace) -> str:
+    """Where clients reach the server, as a URL (or the path of a Unix socket)."""
+    if args.uds:
+        return f"unix:{args.uds}"
+    host = args.host or "0.0.0.0"
+    host = f"[{host}]" if ":" in host else host
+    return f"{'https' if args.ssl_keyfile else 'http'}://{host}:{args.port}"
+
+
+def ready_line(state: State, args: Namespace) -> str:
+    """The line itself."""
+    config = state.depth_config
+    defaults = config.defaults
+    bounds = (
+        ""
+        if (defaults.min_loops, defaults.max_loops) == (1, config.loops)
+        else f", loops {defaults.min_loops} to {defaults.max_loops}"
+    )
+    return (
+        f"Ouro Serve is ready at {address(args)} (model {state.depth_model}, T={config.loops}, "
+        f"exit threshold {defaults.exit_threshold:g}{bounds}, mode {defaults.exit_mode})"
+    )
+
+
+async def announce_when_ready(state: State, args: Namespace) -> None:
+    """Print the line once the HTTP server accepts connections."""
+    while not getattr(getattr(state, "server", None), "started", False):
+        await asyncio.sleep(_POLL_SECONDS)
+    print(ready_line(state, args), flush=True)

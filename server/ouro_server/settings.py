@@ -1,0 +1,134 @@
+"""The command line's own part: depth options, and the environment vLLM is started in."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from ouro_runtime.config import DEPTH_FIELDS, MODES
+
+PLUGINS = ("ouro", "ouro_depth", "ouro_metrics")
+"""Our entry points in vLLM's plugin groups. `VLLM_PLUGINS` filters every group."""
+
+OPEN_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.platform_plugins",
+    "vllm.stat_logger_plugins",
+)
+
+LOGGING = Path(__file__).with_name("logging.yaml")
+"""vLLM's loggers at WARNING, but for the few lines that show how far loading has come. vLLM reads
+JSON here, which YAML contains."""
+
+
+def depth_parser() -> argparse.ArgumentParser:
+    """The depth options. Values stay text: `depth_settings` turns them into numbers."""
+    parser = argparse.ArgumentParser(
+        prog="ouro-serve",
+        usage="ouro-serve [MODEL] [depth options] [any option of vLLM's server]",
+        description="Serve an Ouro (looped) language model over HTTP, OpenAI-compatible. MODEL is "
+        "a checkpoint folder or a Hugging Face id; without it the shipped ouro-mini is served.",
+        formatter_class=argparse.RawTextHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    group = parser.add_argument_group(
+        "depth options",
+        "Defaults of requests that set none; a request overrides each with the field of the same\n"
+        "name. T is the model's number of loops (total_ut_steps in config.json).",
+    )
+    group.add_argument(
+        "--exit-threshold",
+        "--exit_threshold",
+        metavar="Q",
+        help="A token leaves the loop as soon as the gate's cumulative exit probability reaches\n"
+        "Q, from 0 to 1. Lower is faster and shallower; 1 runs every loop (the plain model).\n"
+        "Default: early_exit_threshold in config.json.",
+    )
+    group.add_argument(
+        "--exit-mode",
+        "--exit_mode",
+        metavar="MODE",
+        help="skip: the loops after the exit are not run, which is what saves time.\n"
+        "exact: they are run off the read-out, so that later tokens see the K/V of the full\n"
+        "model; nothing is saved. Default: skip.",
+    )
+    group.add_argument(
+        "--min-loops",
+        "--min_loops",
+        metavar="N",
+        help="No token leaves before loop N, from 1 to T. Default: 1.",
+    )
+    group.add_argument(
+        "--max-loops",
+        "--max_loops",
+        metavar="N",
+        help="Every token leaves at loop N at the latest, from 1 to T. Default: T.",
+    )
+    return parser
+
+
+def depth_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The depth options that were given, as numbers where they are; text that is no number stays
+    text, for the check that knows what is allowed to name it."""
+    return {
+        name: _number(value) if name != "exit_mode" else value
+        for name in DEPTH_FIELDS
+        if (value := getattr(options, name)) is not None
+    }
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def merge_additional_config(given: Any, depth: Mapping[str, Any]) -> dict[str, Any]:
+    """vLLM's `additional_config` with the depth options under `ouro`; options win over it."""
+    given = dict(given or {})
+    return {**given, "ouro": {**(given.get("ouro") or {}), **depth}}
+
+
+def guess_model(argv: Sequence[str]) -> str | None:
+    """MODEL on a command line that vLLM's parser has not seen yet; None if there seems to be none.
+
+    Used for what must be settled before vLLM is imported. The parser decides.
+    """
+    if argv and not argv[0].startswith("-"):
+        return argv[0]
+    for i, arg in enumerate(argv):
+        if arg == "--model" and i + 1 < len(argv):
+            return argv[i + 1]
+        if arg.startswith("--model="):
+            return arg.partition("=")[2]
+    return next((arg for arg in argv if (Path(arg) / "config.json").is_file()), None)
+
+
+def environment(
+    current: Mapping[str, str], argv: Sequence[str], local_model: bool
+) -> dict[str, str]:
+    """What to add to the environment before vLLM is imported; the user's own values stand."""
+    theirs = current["VLLM_PLUGINS"].split(",") if "VLLM_PLUGINS" in current else _installed()
+    plugins = dict.fromkeys([*filter(None, theirs), *PLUGINS])
+    added = {"VLLM_PLUGINS": ",".join(plugins)}
+    defaults = {"VLLM_NO_USAGE_STATS": "1"}
+    if local_model:
+        defaults["HF_HUB_OFFLINE"] = "1"
+    own_logging = any(arg.startswith(("--log", "--pylog")) for arg in argv)
+    if "VLLM_LOGGING_LEVEL" not in current and not own_logging:
+        defaults["VLLM_LOGGING_CONFIG_PATH"] = str(LOGGING)
+    return {**added, **{k: v for k, v in defaults.items() if k not in current}}
+
+
+def _installed() -> list[str]:
+    """Plugins that vLLM loads when `VLLM_PLUGINS` is unset: all but endpoint plugins."""
+    return [entry.name for group in OPEN_GROUPS for entry in entry_points(group=group)]
+
+
+assert set(MODES) == {"skip", "exact"}, "the help of --exit-mode explains these two"

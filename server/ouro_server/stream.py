@@ -1,0 +1,100 @@
+"""Depths on a stream: what the engine delivers is noted, what vLLM sends is annotated.
+
+vLLM's stream generator pulls one engine output, then yields the server-sent events for it, or none
+while a parser holds text back. So tokens wait here until the next event of their choice, and the
+event that ends a choice always takes what is left.
+"""
+
+import json
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from ouro_server.usage import DepthTally, tokens_of
+
+_DATA = "data: "
+T = TypeVar("T")
+
+
+class DepthLedger:
+    """Per choice: tokens delivered by the engine, and those already announced to the client."""
+
+    def __init__(self, loops: int) -> None:
+        self.loops = loops
+        self._waiting: dict[int, list[tuple[int, int]]] = {}
+        self._announced: dict[int, DepthTally] = {}
+
+    def note(self, choice: int, output: Any) -> None:
+        """The engine delivered `output` for a choice."""
+        self._waiting.setdefault(choice, []).extend(zip(*tokens_of(output), strict=True))
+
+    def announce(self, choice: int) -> list[int]:
+        """The depths of a choice's tokens not announced before, in order."""
+        waiting = self._waiting.pop(choice, [])
+        depths = [depth for depth, _ in waiting]
+        self.tally(choice).add(depths, [run for _, run in waiting])
+        return depths
+
+    def tally(self, choice: int) -> DepthTally:
+        """What was announced of one choice."""
+        return self._announced.setdefault(choice, DepthTally(self.loops))
+
+    def total(self) -> DepthTally:
+        """Everything delivered, announced or not."""
+        total = DepthTally(self.loops)
+        for tally in self._announced.values():
+            total.merge(tally)
+        for waiting in self._waiting.values():
+            total.add([depth for depth, _ in waiting], [run for _, run in waiting])
+        return total
+
+
+async def noting(
+    results: AsyncGenerator[T, None],
+    ledger: DepthLedger,
+    outputs: Callable[[T], Iterable[tuple[int, Any]]],
+) -> AsyncGenerator[T, None]:
+    """`results`, unchanged; `outputs` names the (choice, output) pairs of each for the ledger."""
+    async with aclosing(results):
+        async for result in results:
+            for choice, output in outputs(result):
+                ledger.note(choice, output)
+            yield result
+
+
+async def annotating(
+    events: AsyncGenerator[str, None], ledger: DepthLedger, return_depths: bool
+) -> AsyncGenerator[str, None]:
+    """vLLM's server-sent events with `depths` on the choices, if asked for, and `usage.depth`."""
+    async with aclosing(events):
+        async for event in events:
+            yield annotate(event, ledger, return_depths)
+
+
+def annotate(event: str, ledger: DepthLedger, return_depths: bool) -> str:
+    """One server-sent event; anything but a chunk with choices passes unchanged."""
+    if not event.startswith(_DATA + "{"):
+        return event
+    chunk = json.loads(event[len(_DATA) :])
+    if "choices" not in chunk:
+        return event
+    for choice in chunk["choices"]:
+        if _carries_tokens(choice):
+            depths = ledger.announce(choice["index"])
+            if return_depths:
+                choice["depths"] = depths
+    if chunk.get("usage"):
+        choices = chunk["choices"]
+        tally = ledger.tally(choices[0]["index"]) if choices else ledger.total()
+        chunk["usage"]["depth"] = tally.usage().model_dump()
+    elif not return_depths:
+        return event
+    return f"{_DATA}{json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def _carries_tokens(choice: dict[str, Any]) -> bool:
+    """False for the chunks that vLLM sends before the first token (a chat's role, an echo).
+
+    It sets `token_ids`, if only to null, on all others.
+    """
+    return "token_ids" in choice

@@ -1,0 +1,59 @@
+"""All that the server takes from vLLM: the one file of this package that imports it."""
+
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.openai.chat_completion.api_router import (
+    create_chat_completion as chat_route,
+)
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionRequest,
+    ChatCompletionResponse,
+    ChatCompletionResponseChoice,
+)
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.api_router import create_completion as completion_route
+from vllm.entrypoints.openai.completion.protocol import (
+    CompletionRequest,
+    CompletionResponse,
+    CompletionResponseChoice,
+)
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.openai.responses.api_router import create_responses as responses_route
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest, ResponsesResponse
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse, UsageInfo
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup, validate_json_request
+from vllm.logger import configure_logging_from_args
+from vllm.platforms import current_platform
+from vllm.sampling_params import SamplingParams
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+__all__ = [
+    "ChatCompletionRequest",
+    "ChatCompletionResponse",
+    "ChatCompletionResponseChoice",
+    "CompletionRequest",
+    "CompletionResponse",
+    "CompletionResponseChoice",
+    "ErrorResponse",
+    "FlexibleArgumentParser",
+    "OpenAIServingChat",
+    "OpenAIServingCompletion",
+    "OpenAIServingResponses",
+    "ResponsesRequest",
+    "ResponsesResponse",
+    "SamplingParams",
+    "ServeSubcommand",
+    "UsageInfo",
+    "chat_route",
+    "cli_env_setup",
+    "completion_route",
+    "configure_logging_from_args",
+    "create_error_response",
+    "current_platform",
+    "make_arg_parser",
+    "responses_route",
+    "validate_json_request",
+    "validate_parsed_serve_args",
+]

@@ -1,0 +1,90 @@
+"""Preempted again and again, a request gives what it gives undisturbed."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from vllm import LLM
+
+from tests.engine.cases import CHECKPOINTS
+from tests.engine.compare import LOGPROB_TOLERANCE, assert_same
+from tests.engine.harness import Output, assert_idle, engine, generate, greedy, scheduler_of
+
+CHECKPOINT, LOOPS = CHECKPOINTS["t4-mha"], 4
+REQUESTS, TOKENS = 10, 60
+
+
+def workload() -> tuple[list[list[int]], list[dict[str, Any]]]:
+    """Prompts and depth controls: forced depths, thresholds and full depth, in both modes."""
+    rng = random.Random(11)
+    prompts = [[rng.randrange(256) for _ in range(rng.randint(5, 40))] for _ in range(REQUESTS)]
+    depth: list[dict[str, Any]] = []
+    for number in range(REQUESTS):
+        mode = {"exit_mode": "exact" if number % 4 == 3 else "skip"}
+        if number % 3 == 0:
+            depth.append({"forced_depths": [rng.randint(1, LOOPS) for _ in range(17)]} | mode)
+        else:
+            depth.append({"exit_threshold": [0.2, 0.5, 1.0][number % 3]} | mode)
+    return prompts, depth
+
+
+def count_preemptions(llm: LLM) -> list[str]:
+    """A list that grows by a request id whenever the scheduler preempts."""
+    scheduler, preempted = scheduler_of(llm), []
+    preempt = scheduler._preempt_request
+
+    def noting(request: Any, *args: Any, **kwargs: Any) -> Any:
+        preempted.append(request.request_id)
+        return preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = noting
+    return preempted
+
+
+def run(llm: LLM, **sampling: Any) -> list[Output]:
+    prompts, depth = workload()
+    params = [greedy(TOKENS, fields, seed=7, **sampling) for fields in depth]
+    outputs = generate(llm, prompts, params)
+    assert_idle(llm)
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> dict[float, list[Output]]:
+    with engine(CHECKPOINT) as llm:
+        preempted = count_preemptions(llm)
+        outputs = {temperature: run(llm, temperature=temperature) for temperature in (0.0, 1.0)}
+        assert not preempted
+    return outputs
+
+
+@pytest.mark.parametrize("blocks", [6, 9])
+@pytest.mark.parametrize("caching", [False, True], ids=["uncached", "cached"])
+def test_preempted_equals_undisturbed(
+    undisturbed: dict[float, list[Output]], blocks: int, caching: bool
+) -> None:
+    options = {
+        "num_gpu_blocks_override": blocks,
+        "max_model_len": 128,
+        "max_num_batched_tokens": 96,
+        "max_num_seqs": 8,
+        "enable_prefix_caching": caching,
+    }
+    with engine(CHECKPOINT, **options) as llm:
+        preempted = count_preemptions(llm)
+        for temperature, expected in undisturbed.items():
+            before = len(preempted)
+            outputs = run(llm, temperature=temperature)
+            assert len(preempted) - before >= 5, f"{len(preempted) - before} preemptions"
+            for number, (out, want) in enumerate(zip(outputs, expected, strict=True)):
+                what = f"request {number} at temperature {temperature}"
+                assert_same(what, out.tokens, out.depths, want.tokens, want.depths)
+                assert out.loops_run == want.loops_run, what
+                for index, (left, right) in enumerate(
+                    zip(out.logprobs, want.logprobs, strict=True)
+                ):
+                    off = abs(left - right)
+                    assert off <= LOGPROB_TOLERANCE, f"{what}: token {index} is off by {off}"
+        assert max(map(preempted.count, preempted)) >= 2, "no request was preempted twice"

@@ -1,0 +1,106 @@
+"""What cannot work is refused at start-up, and a bad request before it runs, with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from vllm import LLM, EngineArgs, SamplingParams
+
+from ouro_runtime.config import DepthError
+from ouro_runtime.plugin import register
+from tests.engine.cases import CHECKPOINTS, golden_cases
+from tests.engine.compare import assert_case
+from tests.engine.harness import assert_idle, engine, generate_one, greedy
+
+CHECKPOINT = CHECKPOINTS["t4-mha"]
+UNSUPPORTED: dict[str, dict[str, Any]] = {
+    "pipeline parallelism": {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"},
+    "speculative decoding": {
+        "speculative_config": {
+            "method": "ngram",
+            "num_speculative_tokens": 2,
+            "prompt_lookup_max": 3,
+        }
+    },
+    "LoRA": {"enable_lora": True},
+    "prompt embeddings": {"enable_prompt_embeds": True},
+    "K/V transfer": {
+        "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    },
+}
+
+
+def settings(**options: Any) -> EngineArgs:
+    register()
+    return EngineArgs(model=CHECKPOINT, dtype="float32", skip_tokenizer_init=True, **options)
+
+
+@pytest.mark.parametrize("feature", UNSUPPORTED)
+def test_an_unsupported_feature_is_refused_with_the_reason(feature: str) -> None:
+    with pytest.raises(ValueError, match=f"Ouro Serve does not support {feature}: .{{20,}}"):
+        settings(**UNSUPPORTED[feature]).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("ouro", "named"),
+    [
+        ({"exit_threshold": 1.5}, "exit_threshold"),
+        ({"exit_threshold": "high"}, "exit_threshold"),
+        ({"min_loops": 0}, "min_loops"),
+        ({"max_loops": 5}, "max_loops"),
+        ({"min_loops": 3, "max_loops": 2}, "min_loops"),
+        ({"exit_mode": "shared"}, "exit_mode"),
+        ({"exit_treshold": 0.5}, "exit_treshold"),
+    ],
+)
+def test_bad_server_defaults_are_refused_by_name(ouro: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        settings(additional_config={"ouro": ouro}).create_engine_config()
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    defaults = {"exit_threshold": 0.3, "exit_mode": "skip"}
+    with engine(CHECKPOINT, additional_config={"ouro": defaults}) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        ({"exit_threshold": -0.1}, "exit_threshold"),
+        ({"exit_threshold": float("nan")}, "exit_threshold"),
+        ({"exit_threshold": True}, "exit_threshold"),
+        ({"min_loops": 5}, "min_loops"),
+        ({"max_loops": 0}, "max_loops"),
+        ({"max_loops": 2.0}, "max_loops"),
+        ({"min_loops": 4, "max_loops": 1}, "min_loops"),
+        ({"exit_mode": "full"}, "exit_mode"),
+        ({"forced_depths": []}, "forced_depths"),
+        ({"forced_depths": [1, 5]}, "forced_depths"),
+    ],
+)
+def test_bad_depth_controls_are_refused_and_leave_nothing(
+    llm: LLM, extra: dict[str, Any], named: str
+) -> None:
+    params = SamplingParams(max_tokens=4, extra_args=extra)
+    with pytest.raises(DepthError) as caught:
+        llm.generate({"prompt_token_ids": [5, 6]}, params, use_tqdm=False)
+    assert caught.value.param == named
+    assert named in str(caught.value)
+    assert_idle(llm)
+
+
+def test_the_servers_defaults_hold_where_a_request_says_nothing(llm: LLM) -> None:
+    for case in golden_cases("t4-mha", ("skip",)):
+        if case.threshold == 0.3:
+            out = generate_one(llm, case.prompt, greedy(len(case.tokens)))
+            assert_case(case, out.tokens, out.depths, out.logprobs)
+
+
+def test_a_request_overrides_the_servers_defaults(llm: LLM) -> None:
+    for case in golden_cases("t4-mha", ("full",)):
+        out = generate_one(llm, case.prompt, greedy(len(case.tokens), {"exit_threshold": 1.0}))
+        assert_case(case, out.tokens, out.depths, out.logprobs)

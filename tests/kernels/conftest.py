@@ -1,0 +1,91 @@
+"""Kernel tests: compiled kernels on a GPU, Triton's interpreter without one.
+
+Run as a process of their own (`pytest tests/kernels`): the interpreter is chosen when Triton is
+first imported and holds for the whole process, so in a shared process another package's Triton
+kernels would be interpreted too. The variable itself is set only while a kernel test runs.
+"""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+PACKAGES = Path(__file__).resolve().parents[2] / "kernels"
+if str(PACKAGES) not in sys.path:
+    sys.path.insert(0, str(PACKAGES))
+
+OPS = (
+    "exit_gate",
+    "loop_decode_attention",
+    "next_pass",
+    "rope_kv_write",
+    "sandwich_norm",
+    "standin_fill",
+)
+
+ON_GPU = torch.cuda.is_available()
+
+
+def _bind_interpreter() -> None:
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        from ouro_kernels import _backend
+
+        assert _backend.interpreting()
+        for op in OPS:
+            importlib.import_module(f"ouro_kernels.{op}.triton")
+        importlib.import_module("ouro_kernels._interpreter").install()
+    finally:
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+
+
+if not ON_GPU:
+    _bind_interpreter()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if ON_GPU:
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN, the most negative integer or True, so an unwritten output shows."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        if tensor.dtype == torch.bool:
+            return tensor.fill_(True)
+        if tensor.is_floating_point():
+            return tensor.fill_(float("nan"))
+        return tensor.fill_(torch.iinfo(tensor.dtype).min)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not ON_GPU:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if ON_GPU else "cpu")

@@ -1,0 +1,91 @@
+import pytest
+import torch
+
+from ouro_kernels import rope_kv_write
+from tests.kernels.support import check_against_reference, paged_caches, strided_rows
+
+T, BLOCKS, BLOCK_SIZE, MAX_POSITION = 3, 5, 4, 31
+
+
+def _inputs(rows, q_heads, kv_heads, head_dim, dtype, device, layout="HND", cache_dtype=None):
+    """Rows at distinct logical slots and random loops; every third row is padding."""
+    slots = torch.randperm(BLOCKS * BLOCK_SIZE, device=device)[:rows]
+    loop = torch.randint(0, T, (rows,), device=device)
+    block, offset = slots // BLOCK_SIZE, slots % BLOCK_SIZE
+    slots = (block * T + loop) * BLOCK_SIZE + offset
+    padding = torch.arange(rows, device=device) % 3 == 2
+    slots[padding] = -1
+    positions = torch.randint(0, MAX_POSITION, (rows,), device=device)
+    positions[padding] = 2**40  # must not be read: far outside the table
+    angles = torch.rand(MAX_POSITION, head_dim // 2, device=device) * 6
+    caches = paged_caches(
+        BLOCKS * T, BLOCK_SIZE, kv_heads, head_dim, cache_dtype or dtype, device, layout
+    )
+    return {
+        "qkv": torch.randn(rows, (q_heads + 2 * kv_heads) * head_dim, device=device).to(dtype),
+        "cos_sin": torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype),
+        "positions": positions,
+        "slot_mapping": slots,
+        "k_cache": caches[0],
+        "v_cache": caches[1],
+    }, (T - 1 - loop).int()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "q_heads", "kv_heads", "head_dim"),
+    [(0, 2, 2, 16), (1, 4, 4, 16), (11, 5, 5, 24), (9, 6, 2, 32), (7, 3, 1, 14)],
+)
+def test_matches_the_reference(rows, q_heads, kv_heads, head_dim, dtype, device):
+    kwargs, _ = _inputs(rows, q_heads, kv_heads, head_dim, dtype, device)
+    check_against_reference("rope_kv_write", "rope_kv_write", **kwargs)
+
+
+@pytest.mark.parametrize("layout", ["HND", "NHD", "split"])
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_layouts_copies_and_fp8(layout, cache_dtype, device):
+    kwargs, copies = _inputs(13, 4, 2, 24, torch.bfloat16, device, layout, cache_dtype)
+    kwargs["qkv"] = strided_rows(kwargs["qkv"])
+    kwargs["cos_sin"] = strided_rows(kwargs["cos_sin"]).float()
+    kwargs["positions"] = kwargs["positions"].clamp(max=MAX_POSITION - 1).int()
+    kwargs["fill_copies"] = copies
+    kwargs["q_out"] = strided_rows(torch.randn(13, 4, 24, device=device).bfloat16())
+    if cache_dtype == torch.float8_e4m3fn:
+        kwargs["qkv"][0] *= 1000  # beyond fp8's range: must saturate, not become NaN
+        kwargs["k_scale"] = torch.tensor([0.5], device=device)
+        kwargs["v_scale"] = torch.tensor(2.0, device=device)
+    check_against_reference("rope_kv_write", "rope_kv_write", **kwargs)
+
+
+def test_copies_reach_exactly_the_deeper_loops(device):
+    kwargs, _ = _inputs(1, 1, 1, 16, torch.float32, device)
+    block, offset = 2, 3
+    kwargs["positions"][:] = 0
+    kwargs["slot_mapping"][0] = (block * T + 1) * BLOCK_SIZE + offset
+    copies = torch.tensor([T - 2], dtype=torch.int32, device=device)
+    rope_kv_write(**kwargs, fill_copies=copies)
+    for name in ("k_cache", "v_cache"):
+        written = ~kwargs[name].isnan().all(-1)[..., 0]
+        pages = [[block * T + 1, offset], [block * T + 2, offset]]
+        assert written.nonzero().tolist() == pages, name
+    assert torch.equal(kwargs["v_cache"][block * T + 2, offset, 0], kwargs["qkv"][0, 32:])
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("qkv", lambda k: {"qkv": k["qkv"][:, :-8]}),
+        ("cos_sin", lambda k: {"cos_sin": k["cos_sin"][:, :15]}),
+        ("positions", lambda k: {"positions": k["positions"][1:]}),
+        ("slot_mapping", lambda k: {"slot_mapping": k["slot_mapping"].int()}),
+        ("k_cache", lambda k: {"k_cache": k["k_cache"][0]}),
+        ("v_cache", lambda k: {"v_cache": k["v_cache"].half()}),
+        ("k_scale", lambda k: {"k_scale": torch.ones(1)}),
+        ("fill_copies", lambda k: {"fill_copies": torch.zeros(3)}),
+        ("q_out", lambda k: {"q_out": torch.zeros(3, 4, 16, dtype=torch.half)}),
+    ],
+)
+def test_a_bad_argument_is_named(name, change):
+    kwargs, _ = _inputs(3, 2, 1, 16, torch.float32, torch.device("cpu"))
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        rope_kv_write(**(kwargs | change(kwargs)))

@@ -1,0 +1,100 @@
+"""The commands people are told to type exist and stay what they are said to be."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from scripts.run_tests import ENGINES, stages
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+MAKEFILE = (ROOT / "Makefile").read_text()
+TARGETS = set(re.findall(r"^([a-z][a-z-]*):(?!=)", MAKEFILE, re.MULTILINE))
+SETTINGS = set(re.findall(r"^([A-Z]+) \?=", MAKEFILE, re.MULTILINE))
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *(ROOT / "docs").rglob("*.md"),
+    *(ROOT / "benchmarks").rglob("*.md"),
+]
+
+
+def make(*arguments: str) -> str:
+    """What make would run."""
+    # The suite itself may run under make, which hands its own settings down.
+    clean = {k: v for k, v in os.environ.items() if k not in SETTINGS and not k.startswith("MAKE")}
+    command = ["make", "--dry-run", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_name_targets_that_exist(document: Path) -> None:
+    if not document.exists():
+        pytest.skip("not written yet")
+    text = document.read_text()
+    code = re.findall(r"`([^`\n]+)`", text) + re.findall(r"```.*?\n(.*?)```", text, re.DOTALL)
+    named = {
+        target
+        for part in code
+        for target in re.findall(r"(?:^|[\s;&(])make ([a-z][a-z-]*)", f" {part}")
+    }
+    assert named <= TARGETS
+
+
+def test_help_lists_every_target_meant_for_people() -> None:
+    listed = set(re.findall(r"^([a-z-]+):.*##", MAKEFILE, re.MULTILINE))
+    assert TARGETS - listed == {"install-dev"}
+
+
+def test_every_target_is_phony() -> None:
+    """A folder called `server` or `bench` must not make a target look done."""
+    phony = MAKEFILE.partition(".PHONY:")[2].replace("\\\n", " ").split("\n")[0].split()
+    assert set(phony) == TARGETS
+
+
+def test_serve_hands_its_settings_over() -> None:
+    said = make("serve", "PORT=9", "HOST=::1", "MODEL=/m", "ARGS=--max-loops 2", "PYTHON=py")
+    assert "py scripts/install.py" in said
+    assert "ouro-serve /m --host ::1 --port 9 --max-loops 2" in said
+    assert "ouro-serve  --host 127.0.0.1 --port 8000" in make("serve")
+
+
+def test_ci_runs_the_tests_and_can_fail(tmp_path: Path) -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    for failing in ("check", "test", "none"):
+        fake = tmp_path / "make"
+        fake.write_text(f'#!/bin/sh\necho "ran $1"\n[ "$1" != {failing} ]\n')
+        fake.chmod(0o755)
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        done = subprocess.run(
+            [script], capture_output=True, text=True, env={**os.environ, "PATH": path}
+        )
+        assert "ran check" in done.stdout
+        assert "ran test" in done.stdout
+        assert (done.returncode == 0) == (failing == "none")
+
+
+def test_every_test_runs_in_exactly_one_stage() -> None:
+    tests = ROOT / "tests"
+    planned = [Path(path) for paths in stages(tests).values() for path in paths]
+    assert len(planned) == len(set(planned))
+    for file in tests.rglob("test_*.py"):
+        assert sum(file.is_relative_to(path) for path in planned) == 1, file
+
+
+def test_stages_keep_kernels_apart_and_engines_last(tmp_path: Path) -> None:
+    for name in ("kernels", "model", "empty", *ENGINES):
+        (tmp_path / name).mkdir()
+        if name != "empty":
+            (tmp_path / name / "test_it.py").write_text("")
+    (tmp_path / "test_loose.py").write_text("")
+    plan = stages(tmp_path)
+    assert list(plan) == ["quick", "kernels", "engines"]
+    assert plan["quick"] == [str(tmp_path / "test_loose.py"), str(tmp_path / "model")]
+    assert plan["kernels"] == [str(tmp_path / "kernels")]
+    assert plan["engines"] == [str(tmp_path / name) for name in ENGINES]

@@ -1,0 +1,204 @@
+"""`ouro-serve`: help, what it refuses before anything is loaded, and what it hands to vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ouro_runtime.config import DepthError
+from ouro_server import checkpoint, cli, settings
+from tests.server.fakes import LOOPS
+
+CONFIG = {
+    "model_type": "ouro",
+    "total_ut_steps": LOOPS,
+    "early_exit_threshold": 0.75,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_size": 64,
+    "max_position_embeddings": 128,
+    "torch_dtype": "float32",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return tmp_path
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that `ouro-serve` refuses a command line with."""
+    assert cli.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("ouro-serve: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--exit-threshold", "1.5"),
+        ("--exit-threshold", "-1"),
+        ("--exit-threshold", "nan"),
+        ("--exit-threshold", "inf"),
+        ("--exit-threshold", "half"),
+        ("--exit-threshold", ""),
+        ("--exit-mode", "full"),
+        ("--min-loops", "0"),
+        ("--min-loops", "5"),
+        ("--min-loops", "1.5"),
+        ("--max-loops", "5"),
+        ("--max-loops", "true"),
+    ],
+)
+def test_a_bad_depth_option_is_named(
+    option: str, value: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert option in refused([str(folder), f"{option}={value}"], capsys)
+    underscored = "--" + option[2:].replace("-", "_")
+    assert option in refused([f"{underscored}={value}", "--model", str(folder)], capsys)
+
+
+def test_min_above_max_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [str(folder), "--min-loops", "3", "--max-loops", "2"]
+    assert "--min-loops (3) must not exceed" in refused(argv, capsys)
+
+
+def test_a_wrong_folder_is_refused_with_a_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "no such folder" in refused([str(tmp_path / "none")], capsys)
+    assert "no config.json" in refused([str(tmp_path)], capsys)
+    (tmp_path / "config.json").write_text("{")
+    assert "not JSON" in refused([str(tmp_path)], capsys)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert "model_type is 'llama'" in refused([str(tmp_path)], capsys)
+    (tmp_path / "config.json").write_text('{"model_type": "ouro", "total_ut_steps": 0}')
+    assert "total_ut_steps" in refused([str(tmp_path)], capsys)
+
+
+def test_a_checkpoint_that_is_not_local_is_checked_as_far_as_possible() -> None:
+    checkpoint.check_depth_defaults(None, {"exit_threshold": 0.5, "max_loops": 9})
+    for wrong in ({"exit_threshold": 2}, {"exit_mode": "x"}, {"min_loops": 0}, {"loops": 1}):
+        with pytest.raises(DepthError):
+            checkpoint.check_depth_defaults(None, wrong)
+
+
+def test_depth_options_become_numbers() -> None:
+    argv = ["m", "--exit-threshold", "0.5", "--min_loops=2", "--max-loops", "3", "--port", "1"]
+    options, rest = settings.depth_parser().parse_known_args(argv)
+    assert settings.depth_settings(options) == {
+        "exit_threshold": 0.5,
+        "min_loops": 2,
+        "max_loops": 3,
+    }
+    assert rest == ["m", "--port", "1"]
+
+
+def test_options_join_the_users_additional_config() -> None:
+    given = {"other": 1, "ouro": {"exit_threshold": 0.1, "min_loops": 2}}
+    assert settings.merge_additional_config(given, {"exit_threshold": 0.5}) == {
+        "other": 1,
+        "ouro": {"exit_threshold": 0.5, "min_loops": 2},
+    }
+    assert settings.merge_additional_config(None, {}) == {"ouro": {}}
+
+
+@pytest.mark.parametrize(
+    ("argv", "model"),
+    [
+        ([], None),
+        (["m", "--port", "1"], "m"),
+        (["--port", "1", "--model", "m"], "m"),
+        (["--model=m"], "m"),
+        (["--port", "1"], None),
+    ],
+)
+def test_the_model_is_found_on_the_command_line(argv: list[str], model: str | None) -> None:
+    assert settings.guess_model(argv) == model
+
+
+def test_a_folder_is_found_behind_options(folder: Path) -> None:
+    assert settings.guess_model(["--port", "1", str(folder)]) == str(folder)
+
+
+def test_the_environment_gains_our_plugins_and_keeps_the_users() -> None:
+    plugins = settings.environment({"VLLM_PLUGINS": "theirs,ouro"}, [], True)["VLLM_PLUGINS"]
+    assert plugins == "theirs,ouro,ouro_depth,ouro_metrics"
+    unset = settings.environment({}, [], True)["VLLM_PLUGINS"].split(",")
+    assert set(settings.PLUGINS) <= set(unset)
+
+
+def test_the_users_environment_stands() -> None:
+    theirs = {"HF_HUB_OFFLINE": "0", "VLLM_NO_USAGE_STATS": "0", "VLLM_LOGGING_LEVEL": "DEBUG"}
+    assert settings.environment(theirs, [], True).keys() == {"VLLM_PLUGINS"}
+    assert "VLLM_LOGGING_CONFIG_PATH" not in settings.environment({}, ["--log-level=INFO"], True)
+
+
+def test_hub_models_may_be_fetched() -> None:
+    assert "HF_HUB_OFFLINE" not in settings.environment({}, [], local_model=False)
+    assert settings.environment({}, [], local_model=True)["HF_HUB_OFFLINE"] == "1"
+
+
+def test_the_logging_file_is_json() -> None:
+    assert json.loads(settings.LOGGING.read_text())["version"] == 1
+
+
+def test_the_kv_pool_has_room_for_full_requests_within_a_quarter_of_memory() -> None:
+    per_token = 2 * LOOPS * 2 * 2 * 16 * 4
+    big = CONFIG | {"max_position_embeddings": 2**20}
+    wanted = checkpoint.FULL_REQUESTS * per_token * 2**20
+    assert checkpoint.kv_pool_bytes(big, available=2**60) == wanted
+    assert checkpoint.kv_pool_bytes(big, available=2**32) == 2**30
+    assert checkpoint.kv_pool_bytes(CONFIG, available=2**60) == 2**28
+
+
+def test_reasoning_needs_the_released_token_ids(tmp_path: Path) -> None:
+    assert checkpoint.separates_reasoning("some/hub-id")
+    assert not checkpoint.separates_reasoning(str(tmp_path))
+    tokens = [{"content": "<think>", "id": 3}, {"content": "</think>", "id": 4}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens}))
+    assert checkpoint.separates_reasoning(str(tmp_path))
+    tokens[0]["id"] = 7
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens}))
+    assert not checkpoint.separates_reasoning(str(tmp_path))
+
+
+def run(*argv: str) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).resolve().parents[2]
+    paths = [str(root), str(root / "server"), str(root / "kernels")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.run(
+        [sys.executable, "-m", "ouro_server", *argv],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_help_explains_depth_first_and_then_vllm() -> None:
+    done = run("--help")
+    assert done.returncode == 0, done.stderr
+    for option in ("--exit-threshold", "--exit-mode", "--min-loops", "--max-loops"):
+        assert option in done.stdout
+    assert done.stdout.index("--max-loops") < done.stdout.index("ModelConfig")
+    assert "--help=all" in done.stdout
+
+
+@pytest.mark.slow
+def test_an_unknown_option_is_one_line(folder: Path) -> None:
+    done = run(str(folder), "--exit-treshold", "1")
+    assert done.returncode == 2
+    assert "unrecognized arguments: --exit-treshold" in done.stderr.splitlines()[-1]

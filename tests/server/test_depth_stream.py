@@ -1,0 +1,240 @@
+"""Depths on streams and complete responses, through vLLM's own generators."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from vllm.entrypoints.generate.base.protocol import DeltaMessage
+
+from ouro_server.schemas import DepthChatRequest, DepthCompletionRequest
+from ouro_server.serving import DepthServingChat, DepthServingCompletion
+from tests.server.fakes import events, handler, metadata, output, replay, result
+
+USAGE = {"include_usage": True}
+
+
+def chat(**fields: Any) -> DepthChatRequest:
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": True}
+    return DepthChatRequest.model_validate(body | fields)
+
+
+def chat_stream(results: list[Any], request: DepthChatRequest, **attributes: Any) -> list[dict]:
+    serving = handler(DepthServingChat, **attributes)
+    conversation = [{"role": "user", "content": "said"}]
+    stream = serving.chat_completion_stream_generator(
+        request, replay(results), "id", "m", conversation, object(), metadata()
+    )
+    return asyncio.run(events(stream))
+
+
+def completion_stream(results: list[Any], prompts: int = 1, **fields: Any) -> list[dict]:
+    request = DepthCompletionRequest.model_validate(
+        {"model": "m", "prompt": ["p"] * prompts, "stream": True} | fields
+    )
+    inputs = [{"prompt": "p", "prompt_token_ids": [1]}] * prompts
+    serving = handler(DepthServingCompletion)
+    stream = serving.completion_stream_generator(
+        request, inputs, replay(results), "id", 0, "m", prompts, None, metadata()
+    )
+    return asyncio.run(events(stream))
+
+
+def depths_by_choice(chunks: list[dict]) -> dict[int, list[list[int]]]:
+    """Per choice, the depths of each chunk that has any key `depths`."""
+    found: dict[int, list[list[int]]] = {}
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            if "depths" in choice:
+                found.setdefault(choice["index"], []).append(choice["depths"])
+    return found
+
+
+TWO_CHOICES = [
+    result(output([4, 1], "a", 0)),
+    result(output([4], "x", 1)),
+    result(output([2], "b", 0, finish="stop")),
+    result(output([3, 3], "y", 1, finish="length")),
+]
+
+
+def test_each_chat_chunk_has_the_depths_of_its_tokens() -> None:
+    chunks = chat_stream(TWO_CHOICES, chat(n=2, return_depths=True))
+    assert depths_by_choice(chunks) == {0: [[4, 1], [2]], 1: [[4], [3, 3]]}
+    assert ["depths" in c["choices"][0] for c in chunks] == [False, False, True, True, True, True]
+
+
+def test_depths_are_sent_only_when_asked_for() -> None:
+    chunks = chat_stream(TWO_CHOICES, chat(n=2, stream_options=USAGE))
+    assert depths_by_choice(chunks) == {}
+    assert all("usage" not in chunk for chunk in chunks[:-1])
+
+
+def test_the_final_usage_chunk_sums_all_choices() -> None:
+    last = chat_stream(TWO_CHOICES, chat(n=2, stream_options=USAGE))[-1]
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 6
+    assert last["usage"]["depth"] == {
+        "mean": 17 / 6,
+        "histogram": {"1": 1, "2": 1, "3": 2, "4": 2},
+        "loops_run": 17,
+        "loops_skipped": 7,
+    }
+
+
+def test_continuous_usage_counts_what_the_chunk_counts() -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    for chunk in chat_stream(TWO_CHOICES, chat(n=2, stream_options=options)):
+        usage = chunk["usage"]
+        assert sum(usage["depth"]["histogram"].values()) == usage["completion_tokens"]
+
+
+class HoldingParser:
+    """A parser that shows nothing until the last token."""
+
+    reasoning_parser = None
+    tool_parser = None
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.held = ""
+
+    def parse_delta(self, *, delta_text: str, finished: bool, **_: Any) -> DeltaMessage | None:
+        self.held += delta_text
+        return DeltaMessage(content=self.held) if finished else None
+
+
+def test_tokens_a_parser_holds_back_keep_their_depths() -> None:
+    request = chat(return_depths=True)
+    chunks = chat_stream(
+        [result(output([d], "t")) for d in (4, 1, 2)] + [result(output([3], "!", finish="stop"))],
+        request,
+        parser_cls=HoldingParser,
+        model_config=None,
+    )
+    assert depths_by_choice(chunks) == {0: [[4, 1, 2, 3]]}
+    assert chunks[-1]["choices"][0]["delta"]["content"] == "ttt!"
+
+
+def test_text_held_back_for_a_stop_string_does_not_hold_depths() -> None:
+    chunks = chat_stream(
+        [
+            result(output([4], "")),
+            result(output([1], "ab")),
+            result(output([2], "", finish="stop", stop_reason="c")),
+        ],
+        chat(stop=["c"], return_depths=True),
+    )
+    assert depths_by_choice(chunks) == {0: [[4], [1], [2]]}
+
+
+def test_chat_echo_repeats_no_depths() -> None:
+    request = chat(echo=True, return_depths=True, add_generation_prompt=False)
+    chunks = chat_stream([result(output([4], "a", finish="stop"))], request)
+    assert depths_by_choice(chunks) == {0: [[4]]}
+    assert len(chunks) == 3
+
+
+def test_a_chat_chunk_without_tokens_has_no_depths_to_repeat() -> None:
+    chunks = chat_stream(
+        [result(output([4], "a")), result(output([], "", finish="stop"))],
+        chat(return_depths=True, stream_options=USAGE),
+    )
+    assert depths_by_choice(chunks) == {0: [[4], []]}
+    assert chunks[-1]["usage"]["depth"]["loops_run"] == 4
+
+
+def test_completion_choices_of_several_prompts_keep_apart() -> None:
+    results = [
+        (0, result(output([4], "a", 0))),
+        (1, result(output([1], "b", 1, finish="stop"))),
+        (1, result(output([2, 2], "c", 0, finish="stop"))),
+        (0, result(output([3], "d", 1, finish="stop"))),
+        (0, result(output([1], "e", 0, finish="stop"))),
+    ]
+    chunks = completion_stream(
+        results, prompts=2, n=2, return_depths=True, stream_options=USAGE, max_tokens=4
+    )
+    assert depths_by_choice(chunks) == {0: [[4], [1]], 3: [[1]], 2: [[2, 2]], 1: [[3]]}
+    assert chunks[-1]["usage"]["depth"]["histogram"] == {"1": 2, "2": 2, "3": 1, "4": 1}
+
+
+def test_completion_echo_has_depths_for_generated_tokens_only() -> None:
+    results = [(0, result(output([4], "a"))), (0, result(output([2], "b", finish="stop")))]
+    chunks = completion_stream(results, echo=True, return_depths=True, max_tokens=4)
+    assert chunks[0]["choices"][0]["text"] == "prompta"
+    assert depths_by_choice(chunks) == {0: [[4], [2]]}
+
+
+def test_a_failure_mid_stream_passes_as_vllm_reports_it() -> None:
+    results = [result(output([4], "a")), result(output([1], "", finish="error"))]
+    chunks = chat_stream(results, chat(return_depths=True))
+    assert chunks[-1]["error"]["code"] == 500
+
+
+def test_misaligned_depths_end_the_stream_with_an_error() -> None:
+    wrong = output([1, 2], "a")
+    wrong.loops_run = [1]
+    chunks = chat_stream([result(wrong)], chat(return_depths=True))
+    assert "1 loop counts" in chunks[-1]["error"]["message"]
+
+
+def test_closing_the_stream_closes_the_engines_generator() -> None:
+    closed = []
+
+    async def endless() -> Any:
+        try:
+            while True:
+                yield result(output([1], "a"))
+        finally:
+            closed.append(True)
+
+    async def leave_early() -> None:
+        stream = handler(DepthServingChat).chat_completion_stream_generator(
+            chat(return_depths=True), endless(), "id", "m", [], object(), metadata()
+        )
+        for _ in range(3):
+            await anext(stream)
+        await stream.aclose()
+        await asyncio.sleep(0)
+
+    asyncio.run(leave_early())
+    assert closed == [True]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_complete_chat_has_depths_and_usage(wanted: bool) -> None:
+    final = result(output([4, 1], "a", 0, "stop"), output([2], "b", 1, "stop"))
+    request = chat(n=2, return_depths=wanted, stream=False)
+    answer = handler(DepthServingChat).chat_completion_full_generator(
+        request, replay([final]), "id", "m", [], object(), metadata()
+    )
+    body = asyncio.run(answer).model_dump()
+    assert [c.get("depths") for c in body["choices"]] == ([[4, 1], [2]] if wanted else [None] * 2)
+    assert body["usage"]["depth"]["histogram"] == {"1": 1, "2": 1, "3": 0, "4": 1}
+
+
+def test_a_complete_completion_has_depths_and_usage() -> None:
+    batch = [
+        result(output([4, 1], "a", 0, "stop"), output([2], "b", 1, "stop")),
+        result(output([3], "c", 0, "stop"), output([4], "d", 1, "stop")),
+    ]
+    request = DepthCompletionRequest.model_validate(
+        {"model": "m", "prompt": ["p", "q"], "n": 2, "max_tokens": 4, "return_depths": True}
+    )
+    response = handler(DepthServingCompletion).request_output_to_completion_response(
+        batch, request, "id", 0, "m", None, metadata()
+    )
+    body = response.model_dump()
+    assert [c["depths"] for c in body["choices"]] == [[4, 1], [2], [3], [4]]
+    assert body["usage"]["depth"]["loops_run"] == 14
+
+
+def test_a_beam_searchs_answer_is_left_alone() -> None:
+    final = result(output([4, 1], "a", 0, "stop"))
+    for made in final.outputs:
+        del made.depths, made.loops_run
+    answer = handler(DepthServingChat).chat_completion_full_generator(
+        chat(stream=False), replay([final]), "id", "m", [], object(), metadata()
+    )
+    assert "depth" not in asyncio.run(answer).model_dump()["usage"]

@@ -1,0 +1,78 @@
+"""`ouro_*` metrics against a private registry."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from ouro_runtime.config import DepthReport, StepReport
+from ouro_runtime.metrics import DepthMetrics, depth_buckets
+
+MODEL = {"model_name": "m"}
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
+    return registry.get_sample_value(name, MODEL | labels)
+
+
+def test_every_label_value_is_exported_from_the_start(registry: CollectorRegistry) -> None:
+    DepthMetrics("m", 4, registry)
+    for n in "1234":
+        assert value(registry, "ouro_tokens_total", depth=n) == 0
+        assert value(registry, "ouro_cells_total", loop=n) == 0
+    for name in ("ouro_loops_run_total", "ouro_loops_skipped_total"):
+        assert value(registry, name) == 0
+    for name in ("ouro_request_mean_depth", "ouro_pass_rows", "ouro_step_tokens"):
+        assert value(registry, f"{name}_count") == 0
+
+
+def test_no_name_contains_vllm(registry: CollectorRegistry) -> None:
+    DepthMetrics("m", 4, registry)
+    assert "vllm" not in generate_latest(registry).decode()
+
+
+def test_tokens_and_loops_are_counted(registry: CollectorRegistry) -> None:
+    metrics = DepthMetrics("m", 4, registry)
+    metrics.record(DepthReport(depths=[4, 1, 1, 2], loops_run=[4, 1, 4, 2]))
+    metrics.record(DepthReport(depths=[1], loops_run=[1]))
+    counted = [value(registry, "ouro_tokens_total", depth=n) for n in "1234"]
+    assert counted == [3, 1, 0, 1]
+    run, skipped = (value(registry, f"ouro_loops_{k}_total") for k in ("run", "skipped"))
+    assert (run, skipped) == (12, 8)
+    assert run + skipped == 4 * sum(counted)
+
+
+def test_finished_requests_are_observed_once_each(registry: CollectorRegistry) -> None:
+    metrics = DepthMetrics("m", 4, registry)
+    metrics.record(DepthReport(finished=[(10, 4), (4, 4), (0, 0)]))
+    assert value(registry, "ouro_request_mean_depth_count") == 2
+    assert value(registry, "ouro_request_mean_depth_sum") == 3.5
+    assert value(registry, "ouro_request_mean_depth_bucket", le="1.0") == 1
+    assert value(registry, "ouro_request_mean_depth_bucket", le="2.5") == 2
+
+
+def test_steps_are_counted_by_pass_and_loop(registry: CollectorRegistry) -> None:
+    metrics = DepthMetrics("m", 3, registry)
+    step = StepReport(pass_rows=[5, 3], rows_by_loop=[4, 3, 1], tokens=4)
+    metrics.record(DepthReport(steps=[step, step]))
+    assert [value(registry, "ouro_cells_total", loop=n) for n in "123"] == [8, 6, 2]
+    assert value(registry, "ouro_pass_rows_count") == 4
+    assert value(registry, "ouro_pass_rows_sum") == 16
+    assert value(registry, "ouro_step_tokens_sum") == 8
+
+
+def test_a_second_server_in_the_process_starts_anew(registry: CollectorRegistry) -> None:
+    DepthMetrics("m", 4, registry).record(DepthReport(depths=[1], loops_run=[1]))
+    DepthMetrics("m", 6, registry)
+    assert value(registry, "ouro_tokens_total", depth="1") == 0
+    assert value(registry, "ouro_tokens_total", depth="6") == 0
+
+
+def test_depth_buckets_span_one_to_t() -> None:
+    assert depth_buckets(1) == (1,)
+    assert depth_buckets(2) == (1, 1.25, 1.5, 1.75, 2)
