@@ -40,7 +40,7 @@ format: install-dev ## format the code and mend what the linter can
 	$(BIN)/ruff format .
 
 bench: install-dev ## measure against a model that always runs every loop; writes benchmarks/results
-	$(BIN)/python -m benchmarks.bench $(ARGS)
+	$(BIN)/python -m benchmarks.decode $(ARGS)
 
 quality: install-dev ## measure answers against loops on the shipped checkpoint
 	$(BIN)/python -m benchmarks.quality $(ARGS)
@@ -51,8 +51,8 @@ train-mini: install-dev ## train the shipped checkpoint again
 gpu-test: install-dev ## the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu tests $(ARGS)
 
-gpu-bench: install-dev ## the benchmark on an NVIDIA GPU
-	$(BIN)/python -m benchmarks.gpu $(ARGS)
+gpu-bench: install-dev ## check and time the kernels on an NVIDIA GPU
+	$(BIN)/python -m benchmarks.kernels $(ARGS)
 
 clean: ## remove .venv and what tools left behind
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -149,7 +149,7 @@ class BaselineLayer(nn.Module):
         return self.post_attention_layernorm_2(hidden), residual
 
 
-@support_torch_compile
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "inputs_embeds": 0})
 class BaselineModel(nn.Module):
     """Embedding and all T loops in one traced forward."""
 
@@ -194,7 +194,7 @@ class BaselineModel(nn.Module):
         return hidden
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        loader = AutoWeightsLoader(self, skip_prefixes=["early_exit_gate."])
+        loader = AutoWeightsLoader(self, ignore_unexpected_prefixes=["early_exit_gate."])
         return loader.load_weights(weights, mapper=self.hf_to_vllm_mapper)
 
 

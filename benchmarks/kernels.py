@@ -76,7 +76,7 @@ def _ours(case: Case) -> Callable[..., Any]:
 
 
 def verify(case: Case, device: torch.device) -> tuple[dict[str, Any], Any]:
-    """Raise DisagreementError unless result and arguments equal the reference's; return the latter's."""
+    """The reference's arguments and result; DisagreementError unless ours equal both."""
     kwargs = _made(case, device)
     result = _ours(case)(**kwargs)
     expected_kwargs, expected = _reference(case, device)

@@ -22,7 +22,7 @@ def print_checks(result: dict[str, Any]) -> None:
     """What was compared before anything was measured."""
     machine, golden = result["machine"], result["golden_float32"]
     print(
-        f"{machine['cpu']}, {machine['cpus']} cores; {machine['threads']} thread(s) for each engine "
+        f"{machine['cpu']}, {machine['cpus']} cores; {machine['threads']} thread(s) each, "
         f"on core(s) {machine['cores']}; vLLM {machine['vllm']}, torch {machine['torch']}; "
         f"load {machine['load_at_start']} at the start"
     )

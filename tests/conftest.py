@@ -27,6 +27,7 @@ for name, value in ENVIRONMENT.items():
 THIRD_PARTY_WARNINGS = (
     "ignore:.*torch.jit.*:DeprecationWarning",
     "ignore:.*torch.distributed.reduce_op.*:FutureWarning",
+    "ignore:max_rollback_tokens is deprecated:DeprecationWarning",
     "ignore:builtin type .* has no __module__ attribute:DeprecationWarning",
 )
 """What importing and starting vLLM says; everything else is an error."""

@@ -32,11 +32,15 @@ class Curriculum:
     def pick(self, rng: random.Random) -> tuple[str, int]:
         """A family, and a level: half the time the present one, else any easier one."""
         least = min(self.levels.values())
-        # The family that is furthest behind gets the most problems.
-        weights = [1 / (1 + self.levels[n] - least) for n in FAMILIES]
+        # The family that is furthest behind gets the most problems, one that is done the fewest.
+        weights = [0.1 if self.done(n) else 1 / (1 + self.levels[n] - least) for n in FAMILIES]
         name = rng.choices(tuple(FAMILIES), weights)[0]
         level = self.levels[name]
         return name, level if rng.random() < 0.5 else rng.randint(0, level)
+
+    def done(self, name: str) -> bool:
+        """Whether the hardest level is learned; it is then only kept from being forgotten."""
+        return self.levels[name] == self.tops[name] and self.rates[name] >= 0.95
 
     def record(self, name: str, level: int, right: bool) -> None:
         """Count one answer; only those at the present level move the curriculum."""

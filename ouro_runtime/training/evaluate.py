@@ -179,7 +179,11 @@ def checks(fixed: list[Result], gated: list[Result]) -> tuple[list[Check], Resul
         }
         text = "; ".join(f"{f} {' '.join(f'{d:.2f}' for d in ds)}" for f, ds in rising.items())
         grows = all(a < b for ds in rising.values() for a, b in itertools.pairwise(ds))
-        out.append(Check("in those families mean depth grows with difficulty", text, grows))
+        out.append(
+            Check(
+                "in those families mean depth grows with difficulty", text, bool(rising) and grows
+            )
+        )
     edge = [r.total().accuracy - fixed_at(fixed, r.total().depth) for r in gated]
     out.append(
         Check(

@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -23,11 +22,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _help(argv)
     options, rest = parser.parse_known_args(argv)
     depth = settings.depth_settings(options)
-    model = settings.guess_model(rest) or str(checkpoint.shipped())
+    model = settings.guess_model(rest)
+    if model is None and settings.names_no_model(rest):
+        model = str(checkpoint.shipped())
     try:
-        config = checkpoint.read_config(model)
+        # What can be told before vLLM is imported; `_serve` checks again when all is known.
+        config = None if model is None else checkpoint.read_config(model)
         checkpoint.check_depth_defaults(config, depth)
-        _prepare_environment(argv, local_model=Path(model).is_dir())
+        _prepare_environment(argv, local_model=config is not None)
         return _serve(rest, depth)
     except DepthError as error:
         return _fail(_in_terms_of_options(error))
@@ -44,6 +46,8 @@ def _serve(rest: Sequence[str], depth: dict[str, object]) -> int:
     config = checkpoint.read_config(args.model)
     merged = settings.merge_additional_config(args.additional_config, depth)
     checkpoint.check_depth_defaults(config, merged["ouro"])
+    if config is not None:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if config is not None and args.load_format in ("auto", "safetensors"):
         checkpoint.check_files(args.model)
     name = (args.served_model_name or [args.model])[0]

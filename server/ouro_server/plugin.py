@@ -16,7 +16,16 @@ from ouro_server.serving import (
     DepthServingCompletion,
     DepthServingResponses,
     adopt,
+    read_token_ids,
 )
+
+PARSING = (
+    "openai_serving_chat",
+    "openai_serving_chat_batch",
+    "openai_serving_responses",
+    "anthropic_serving_messages",
+)
+"""Handlers on vLLM's app state that split reasoning from the answer."""
 
 
 class DepthEndpoints:
@@ -47,5 +56,8 @@ class DepthEndpoints:
         state.openai_serving_responses = adopt(
             state.openai_serving_responses, DepthServingResponses, config
         )
-        # Kept on the state: the event loop holds only a weak reference to a task.
-        state.ready_task = asyncio.create_task(announce_when_ready(state, args))
+        for name in PARSING:
+            read_token_ids(getattr(state, name))
+        if vllm_config.parallel_config._api_process_rank == 0:
+            # Kept on the state: the event loop holds only a weak reference to a task.
+            state.ready_task = asyncio.create_task(announce_when_ready(state, args))

@@ -18,21 +18,24 @@ from ouro_server.vllm_api import (
     OpenAIServingChat,
     OpenAIServingCompletion,
     OpenAIServingResponses,
-    ResponsesResponse,
 )
 
 H = TypeVar("H")
 
 
 def adopt(handler: Any, cls: type[H], config: LoopConfig) -> H:
-    """The twin of a handler vLLM built, as `cls`, sharing its state; its parser reads token ids."""
+    """The twin of a handler vLLM built, as `cls`, sharing its state."""
     assert issubclass(cls, type(handler)), f"{cls.__name__} does not extend {type(handler)}"
     twin = cls.__new__(cls)
     twin.__dict__.update(handler.__dict__, depth_config=config)
-    for name in ("parser_cls", "parser"):
-        if (parser := twin.__dict__.get(name)) is not None:
-            setattr(twin, name, reading_ids(parser))
     return twin
+
+
+def read_token_ids(handler: Any) -> None:
+    """Let the parser of a handler tell reasoning by token id, if it is ours."""
+    for name in ("parser_cls", "parser"):
+        if (parser := handler.__dict__.get(name)) is not None:
+            setattr(handler, name, reading_ids(parser))
 
 
 def describe(response: Any, outputs: Iterable[Any], return_depths: bool, loops: int) -> None:
@@ -142,7 +145,8 @@ class DepthServingResponses(OpenAIServingResponses):
         turns = super()._generate_with_builtin_tools(*args, context=context, **kwargs)
         async with aclosing(turns):
             async for item in turns:
-                for output in item.last_output.outputs:
+                result = getattr(item, "last_output", None)
+                for output in result.outputs if result else ():
                     item.depth_tally.add(*tokens_of(output))
                 yield item
 
@@ -158,6 +162,8 @@ class DepthServingResponses(OpenAIServingResponses):
         response = await super().responses_full_generator(
             request, sampling_params, result_generator, context, *args, **kwargs
         )
-        if isinstance(response, ResponsesResponse) and response.usage is not None:
-            response.usage.depth = context.depth_tally.usage()
+        usage = getattr(response, "usage", None)
+        # vLLM's experimental contexts do not show what the engine delivered: no depth then.
+        if usage is not None and context.depth_tally.tokens == usage.output_tokens:
+            usage.depth = context.depth_tally.usage()
         return response

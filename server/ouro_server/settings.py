@@ -18,6 +18,9 @@ OPEN_GROUPS = (
     "vllm.stat_logger_plugins",
 )
 
+QUIET = "ignore::FutureWarning,ignore::UserWarning:multiprocessing.resource_tracker"
+"""Warnings of vLLM's child processes that say nothing to who serves."""
+
 LOGGING = Path(__file__).with_name("logging.yaml")
 """vLLM's loggers at WARNING, but for the few lines that show how far loading has come. vLLM reads
 JSON here, which YAML contains."""
@@ -110,6 +113,11 @@ def guess_model(argv: Sequence[str]) -> str | None:
     return next((arg for arg in argv if (Path(arg) / "config.json").is_file()), None)
 
 
+def names_no_model(argv: Sequence[str]) -> bool:
+    """Whether a command line, seen by nobody yet, can name no model: it has options only."""
+    return all(arg.startswith("-") and not arg.startswith("--config") for arg in argv)
+
+
 def environment(
     current: Mapping[str, str], argv: Sequence[str], local_model: bool
 ) -> dict[str, str]:
@@ -117,7 +125,7 @@ def environment(
     theirs = current["VLLM_PLUGINS"].split(",") if "VLLM_PLUGINS" in current else _installed()
     plugins = dict.fromkeys([*filter(None, theirs), *PLUGINS])
     added = {"VLLM_PLUGINS": ",".join(plugins)}
-    defaults = {"VLLM_NO_USAGE_STATS": "1"}
+    defaults = {"VLLM_NO_USAGE_STATS": "1", "PYTHONWARNINGS": QUIET}
     if local_model:
         defaults["HF_HUB_OFFLINE"] = "1"
     own_logging = any(arg.startswith(("--log", "--pylog")) for arg in argv)

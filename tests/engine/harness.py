@@ -36,6 +36,7 @@ class Output:
     def of(cls, completion: CompletionOutput) -> Output:
         tokens = list(completion.token_ids)
         depths, loops_run = list(completion.depths), list(completion.loops_run)
+        assert completion.finish_reason != "error", "the engine failed this request; see its log"
         assert len(tokens) == len(depths) == len(loops_run), (tokens, depths, loops_run)
         logprobs = []
         if completion.logprobs is not None:

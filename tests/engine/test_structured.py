@@ -42,10 +42,12 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
 
 
 def grammar(**kind: Any) -> dict[str, Any]:
+    """Options of a request bound to a grammar; white space, of which JSON allows any, is dear."""
     return {
         "structured_outputs": StructuredOutputsParams(**kind),
         "detokenize": True,
         "ignore_eos": False,
+        "logit_bias": dict.fromkeys(b" \t\r\n", -100.0),
     }
 
 

@@ -56,6 +56,12 @@ def test_every_target_is_phony() -> None:
     assert set(phony) == TARGETS
 
 
+@pytest.mark.parametrize("module", re.findall(r"-m ([a-z_.]+) \$\(ARGS\)", MAKEFILE))
+def test_targets_run_modules_that_exist(module: str) -> None:
+    path = ROOT / module.replace(".", "/")
+    assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
+
+
 def test_serve_hands_its_settings_over() -> None:
     said = make("serve", "PORT=9", "HOST=::1", "MODEL=/m", "ARGS=--max-loops 2", "PYTHON=py")
     assert "py scripts/install.py" in said

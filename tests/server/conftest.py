@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,11 +13,6 @@ from tests.server.live import Live, start
 
 @pytest.fixture(scope="session")
 def live() -> Iterator[Live]:
-    if url := os.environ.get("OURO_LIVE"):
-        from tests.server.attach import attach
-
-        yield attach(url)
-        return
     with start() as server:
         yield server
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -127,6 +125,13 @@ def test_the_model_is_found_on_the_command_line(argv: list[str], model: str | No
     assert settings.guess_model(argv) == model
 
 
+def test_only_a_line_of_options_alone_surely_names_no_model() -> None:
+    assert settings.names_no_model([])
+    assert settings.names_no_model(["--enforce-eager", "--port=1"])
+    assert not settings.names_no_model(["--port", "1", "org/model"])
+    assert not settings.names_no_model(["--config=file.yaml"])
+
+
 def test_a_folder_is_found_behind_options(folder: Path) -> None:
     assert settings.guess_model(["--port", "1", str(folder)]) == str(folder)
 
@@ -139,7 +144,12 @@ def test_the_environment_gains_our_plugins_and_keeps_the_users() -> None:
 
 
 def test_the_users_environment_stands() -> None:
-    theirs = {"HF_HUB_OFFLINE": "0", "VLLM_NO_USAGE_STATS": "0", "VLLM_LOGGING_LEVEL": "DEBUG"}
+    theirs = {
+        "HF_HUB_OFFLINE": "0",
+        "PYTHONWARNINGS": "default",
+        "VLLM_LOGGING_LEVEL": "DEBUG",
+        "VLLM_NO_USAGE_STATS": "0",
+    }
     assert settings.environment(theirs, [], True).keys() == {"VLLM_PLUGINS"}
     assert "VLLM_LOGGING_CONFIG_PATH" not in settings.environment({}, ["--log-level=INFO"], True)
 
@@ -173,32 +183,90 @@ def test_reasoning_needs_the_released_token_ids(tmp_path: Path) -> None:
     assert not checkpoint.separates_reasoning(str(tmp_path))
 
 
-def run(*argv: str) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).resolve().parents[2]
-    paths = [str(root), str(root / "server"), str(root / "kernels")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    return subprocess.run(
-        [sys.executable, "-m", "ouro_server", *argv],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment,
-        check=False,
-    )
+@pytest.fixture
+def environ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ouro-serve` sets environment variables; this test's end unsets them."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
 
 
-@pytest.mark.slow
-def test_help_explains_depth_first_and_then_vllm() -> None:
-    done = run("--help")
-    assert done.returncode == 0, done.stderr
+@pytest.mark.usefixtures("environ")
+def test_help_explains_depth_first_and_then_vllm(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        cli.main(["--help"])
+    assert done.value.code == 0
+    out = capsys.readouterr().out
     for option in ("--exit-threshold", "--exit-mode", "--min-loops", "--max-loops"):
-        assert option in done.stdout
-    assert done.stdout.index("--max-loops") < done.stdout.index("ModelConfig")
-    assert "--help=all" in done.stdout
+        assert option in out
+    assert out.index("--max-loops") < out.index("ModelConfig")
+    assert "--help=all" in out
 
 
-@pytest.mark.slow
-def test_an_unknown_option_is_one_line(folder: Path) -> None:
-    done = run(str(folder), "--exit-treshold", "1")
-    assert done.returncode == 2
-    assert "unrecognized arguments: --exit-treshold" in done.stderr.splitlines()[-1]
+@pytest.mark.usefixtures("environ")
+def test_an_unknown_option_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        cli.main([str(folder), "--exit-treshold", "1"])
+    assert done.value.code == 2
+    expected = "ouro-serve: error: unrecognized arguments: --exit-treshold 1\n"
+    assert capsys.readouterr().err.endswith(expected)
+
+
+@pytest.mark.usefixtures("environ")
+def test_vllms_options_get_our_defaults_unless_chosen() -> None:
+    from ouro_server import launch
+
+    args = launch.parse([])
+    assert (args.host, args.port, args.served_model_name) == ("127.0.0.1", 8000, ["ouro-mini"])
+    assert args.model == str(checkpoint.shipped())
+    assert (args.enable_auto_tool_choice, args.tool_call_parser) == (True, "hermes")
+    chosen = launch.parse(["some/model", "--host", "::1", "--no-enable-auto-tool-choice"])
+    assert (chosen.model, chosen.host) == ("some/model", "::1")
+    assert chosen.served_model_name is None
+    assert not chosen.enable_auto_tool_choice
+
+
+@pytest.mark.usefixtures("environ")
+def test_what_depends_on_the_checkpoint_is_set_unless_chosen(folder: Path) -> None:
+    from ouro_server import launch
+
+    args = launch.parse([str(folder)])
+    launch.complete(args, {"max_loops": 2}, CONFIG)
+    assert args.additional_config == {"ouro": {"max_loops": 2}}
+    assert args.dtype == "float32"
+    assert not args.reasoning_parser
+    assert args.max_model_len is None
+
+    args = launch.parse([str(folder), "--dtype", "bfloat16", "--reasoning-parser", "qwen3"])
+    launch.complete(args, {}, CONFIG)
+    assert (args.dtype, args.reasoning_parser) == ("bfloat16", "qwen3")
+
+
+@pytest.mark.usefixtures("environ")
+def test_a_length_that_memory_cannot_hold_is_fitted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ouro_server import launch
+
+    monkeypatch.delenv(launch.KV_SPACE, raising=False)
+    long = CONFIG | {"max_position_embeddings": 2**34}
+    args = launch.parse([str(folder)])
+    launch.complete(args, {}, long)
+    assert args.max_model_len == launch.AUTO_LENGTH
+    assert args.kv_cache_memory_bytes > 0
+    args = launch.parse([str(folder), "--max-model-len", "64"])
+    launch.complete(args, {}, long)
+    assert args.max_model_len == 64
+
+
+@pytest.mark.usefixtures("environ")
+def test_what_the_engines_configuration_refuses_is_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ouro_server import launch
+
+    def refusing(_: object) -> None:
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(launch, "run", refusing)
+    monkeypatch.setattr(checkpoint, "check_files", lambda _: None)
+    assert cli.main([str(folder)]) == 2
+    assert capsys.readouterr().err == "ouro-serve: error: no such thing\n"

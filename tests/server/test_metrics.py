@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 
 from ouro_runtime.config import DepthReport, StepReport
-from ouro_runtime.metrics import DepthMetrics, depth_buckets
+from ouro_runtime.engine.stat_logger import OuroStatLogger
+from ouro_runtime.metrics import DepthMetrics, depth_buckets, unregister
 
 MODEL = {"model_name": "m"}
 
@@ -71,6 +74,30 @@ def test_a_second_server_in_the_process_starts_anew(registry: CollectorRegistry)
     DepthMetrics("m", 6, registry)
     assert value(registry, "ouro_tokens_total", depth="1") == 0
     assert value(registry, "ouro_tokens_total", depth="6") == 0
+
+
+def vllm_config(architecture: str) -> SimpleNamespace:
+    hf_config = SimpleNamespace(total_ut_steps=4)
+    model = SimpleNamespace(architecture=architecture, hf_config=hf_config, served_model_name="m")
+    return SimpleNamespace(model_config=model, additional_config={})
+
+
+def test_the_stat_logger_hands_reports_on() -> None:
+    logger = OuroStatLogger(vllm_config("OuroForCausalLM"), [0])
+    try:
+        logger.record(None, SimpleNamespace(ouro=DepthReport(depths=[2], loops_run=[2])))
+        logger.record(None, SimpleNamespace(ouro=None))
+        logger.record(None, SimpleNamespace())
+        logger.record(None, None)
+        assert value(REGISTRY, "ouro_tokens_total", depth="2") == 1
+    finally:
+        unregister(REGISTRY)
+
+
+def test_the_stat_logger_is_silent_for_other_models() -> None:
+    logger = OuroStatLogger(vllm_config("LlamaForCausalLM"), [0])
+    logger.record(None, SimpleNamespace(ouro=DepthReport(depths=[2], loops_run=[2])))
+    assert value(REGISTRY, "ouro_tokens_total", depth="2") is None
 
 
 def test_depth_buckets_span_one_to_t() -> None:

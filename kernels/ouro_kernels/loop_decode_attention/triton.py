@@ -278,11 +278,13 @@ def loop_decode_attention(
     sizes = {"D": head_dim, "BLOCK_D": block_d, "SPLITS": num_splits}
     flags = {"HAS_MAP": row_to_request is not None, "FP8": k_scale is not None}
     if group == 1:
-        kernel, tile = _attend_mha_kernel, {"BLOCK_N": 32}
+        kernel, warps, tile = _attend_mha_kernel, 4, {"BLOCK_N": 32}
     else:
-        # fp32 operands are twice as wide, more beside fp8: smaller tiles keep them in registers.
+        # fp32 products run on the general-purpose units: more warps keep the tiles in registers.
         kernel = _attend_gqa_kernel
-        block_n = 64 if q.dtype != torch.float32 else 32 if k_scale is None else 16
+        block_n, warps = (64, 4)
+        if q.dtype == torch.float32:
+            block_n, warps = (32 if k_scale is None else 16, 8)
         tile = {"BLOCK_N": block_n, "GROUP": group, "BLOCK_M": max(pow2(group), 16)}
     launch(
         kernel,
@@ -310,6 +312,7 @@ def loop_decode_attention(
         **sizes,
         **flags,
         **tile,
+        num_warps=warps,
         num_stages=2,
     )
     if num_splits > 1:

@@ -1,0 +1,125 @@
+"""What the worker on CUDA remembers of requests, by slot and by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ouro_runtime.config import LoopConfig
+from ouro_runtime.engine.gpu_lanes import STOPS, LaneParams
+from ouro_runtime.engine.requests import LoopRequest
+from ouro_runtime.loop.lanes import LaneBook, LanePlan
+
+EVERYWHERE = 1 << 30
+"""A position limit that stops nobody: a prompt's own positions are always run."""
+
+
+class LaneRequests:
+    """Requests by slot.
+
+    Args:
+        slots: request slots. config: the model's loops. longest: positions of a request at most.
+    """
+
+    def __init__(self, slots: int, config: LoopConfig, longest: int) -> None:
+        self.config, self.longest = config, longest
+        self.book = LaneBook(slots, config.loops)
+        self.limit = np.zeros(slots, np.int64)
+        self.prompt = np.zeros(slots, np.int64)
+        self.stops = np.full((slots, STOPS), -1, np.int32)
+        self._depths: dict[str, list[int]] = {}
+        self._epoch: dict[str, int] = {}
+        self._slot: dict[str, int] = {}
+
+    def __contains__(self, req_id: str) -> bool:
+        return req_id in self._slot
+
+    def add(self, slot: int, req_id: str, sampling: Any, prompt: int, known: int) -> None:
+        """A request of `prompt` tokens enters `slot` with `known` tokens: it may be back from a
+        preemption."""
+        request = LoopRequest.of(sampling, prompt, self.config)
+        self.book.add(slot, request.params, known - prompt, request.single)
+        self.limit[slot] = min(prompt - 1 + request.max_tokens, self.longest - 1)
+        self.prompt[slot] = prompt
+        watched = sorted(request.stops)[:STOPS]
+        self.stops[slot] = -1
+        self.stops[slot, : len(watched)] = watched
+        self._slot[req_id] = slot
+        self._epoch[req_id] = self._epoch.get(req_id, 0) + 1
+        depths = self._depths.setdefault(req_id, [])
+        del depths[known - prompt :]
+
+    def leave(self, req_id: str) -> None:
+        """The request gave up its slot; it may come back."""
+        self._slot.pop(req_id, None)
+
+    def forget(self, req_ids: Any) -> None:
+        """Requests that have ended."""
+        for req_id in req_ids:
+            self._depths.pop(req_id, None)
+            self._epoch.pop(req_id, None)
+
+    def epochs(self, req_ids: list[str]) -> list[int]:
+        """Which admission of each request this is."""
+        return [self._epoch[req_id] for req_id in req_ids]
+
+    def note(self, req_id: str, epoch: int, depths: list[int]) -> None:
+        """Depths of tokens that came back; void if the request was admitted anew since."""
+        if self._epoch.get(req_id) == epoch:
+            self._depths[req_id] += depths
+
+    def params(
+        self, slots: np.ndarray, decoding: np.ndarray, resumed: np.ndarray, plan: LanePlan
+    ) -> LaneParams:
+        """Of a step's lanes.
+
+        Args:
+            resumed: [R] bool: the lane is read out at the last position of what is filled in, and
+                that is no prompt position: it leaves where its rule says.
+        """
+        book = self.book
+        rows = slice(None) if plan.moving else slice(0, 1)
+        return LaneParams(
+            threshold=book.threshold[slots],
+            limit=np.where(decoding, self.limit[slots], EVERYWHERE),
+            run_all=book.exact[slots] | (~decoding & ~resumed),
+            once=~decoding | book.single[slots],
+            decoding=decoding,
+            stops=self.stops[slots],
+            low=plan.low[rows],
+            high=plan.high[rows],
+        )
+
+    def row_stops(
+        self,
+        req_ids: list[str],
+        slots: np.ndarray,
+        start: np.ndarray,
+        count: np.ndarray,
+        known: np.ndarray,
+        decoding: np.ndarray,
+    ) -> np.ndarray | None:
+        """[N] int32, the depth at which each row's position left when it was first computed.
+
+        Positions of generated tokens that are filled in again after a preemption get the K/V they
+        had: true up to that depth, stand-ins below. None if there are no such rows.
+
+        Args:
+            start, count: [R], positions of the step. known: [R], tokens that are filled in.
+        """
+        loops = self.config.loops
+        stops = None
+        first = np.cumsum(count) - count
+        again = ~decoding & ~self.book.exact[slots] & (known > self.prompt[slots])
+        for lane in np.nonzero(again)[0].tolist():
+            prompt, begin = int(self.prompt[slots[lane]]), int(start[lane])
+            depths = self._depths[req_ids[lane]]
+            end = min(begin + int(count[lane]), int(known[lane]) - 1)
+            for position in range(max(begin, prompt), end):
+                token = position - prompt + 1
+                if token < len(depths) and depths[token] < loops:
+                    if stops is None:
+                        stops = np.full(int(count.sum()), loops, np.int32)
+                    stops[first[lane] + position - begin] = depths[token]
+        return stops

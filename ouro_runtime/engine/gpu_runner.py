@@ -1,0 +1,51 @@
+"""Seam: vLLM's V2 model runner, where `ModelState` has no hook for what is needed.
+
+- `sample_tokens`: the step's depths ride on its output;
+- `finish_requests`: tells a request that has ended from one that was preempted;
+- `profile_cudagraph_memory`: graphs captured for the estimate are dropped with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.worker.gpu.async_utils import AsyncOutput
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
+
+from ouro_runtime.engine.gpu_output import LaneOutput
+from ouro_runtime.engine.gpu_state import OuroModelState
+
+
+class OuroGPUModelRunner(GPUModelRunner):
+    """Runs looped models on CUDA."""
+
+    model_state: OuroModelState
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        output = super().sample_tokens(grammar_output)
+        bill = self.model_state.take_bill()
+        if bill is None or not isinstance(output, AsyncOutput):
+            return output
+        return LaneOutput(
+            output, bill, self.model_state.note, self.main_stream, self.output_copy_stream
+        )
+
+    def finish_requests(self, scheduler_output: Any) -> None:
+        super().finish_requests(scheduler_output)
+        self.model_state.requests.forget(scheduler_output.finished_req_ids)
+
+    def profile_cudagraph_memory(self) -> int:
+        try:
+            return super().profile_cudagraph_memory()
+        finally:
+            self.model_state.graphs.release()
+
+
+class OuroGPUWorker(Worker):
+    """`--worker-cls` on CUDA."""
+
+    def _make_model_runner(self) -> Any:
+        if not self.use_v2_model_runner:
+            raise RuntimeError("Ouro Serve on CUDA needs vLLM's V2 model runner")
+        return OuroGPUModelRunner(self.vllm_config, self.device)

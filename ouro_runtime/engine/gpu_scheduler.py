@@ -1,0 +1,116 @@
+"""Seam: vLLM's asynchronous scheduler, for steps that yield from none to T tokens per request.
+
+A step is scheduled before the one before it has come back. vLLM then counts the tokens to come as
+placeholders, and a request's computed positions as if they had come. A looped step brings a number
+of tokens that only the device knows; so the most it can bring is counted, and put right when the
+step is back (as vLLM does with rejected drafts). What is counted is never less than what is true,
+so the slots reserved for a step hold whatever it writes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.request import Request, RequestStatus
+
+from ouro_runtime.config import ExitParams
+from ouro_runtime.engine.pin import check_parameters
+from ouro_runtime.engine.requests import LoopRequest
+from ouro_runtime.engine.scheduler_common import LoopSchedulerMixin
+from ouro_runtime.engine.step_output import StepOutput
+
+check_parameters(AsyncScheduler._update_after_schedule, "scheduler_output")
+check_parameters(AsyncScheduler._update_request_with_output, "request", "new_token_ids", "is_stale")
+
+
+def most_tokens(params: ExitParams, single: bool, loops: int) -> int:
+    """Most tokens that a step of T passes can bring a decoding request.
+
+    A head may leave after the step's first pass; every later one runs its least depth at least.
+    """
+    if single or params.exit_mode == "exact":
+        return 1
+    if params.forced_depths:
+        least = min(params.forced_depths)
+    else:
+        least = params.min_loops if params.exit_threshold < 1.0 else params.max_loops
+    if least == loops:
+        return 1
+    return 1 + (loops - 1) // least
+
+
+class OuroAsyncScheduler(LoopSchedulerMixin, AsyncScheduler):
+    """Scheduler of looped models on CUDA; also right where only one step is in flight."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._filled: dict[str, int] = {}
+        self._most: dict[str, int] = {}
+
+    def _update_after_schedule(self, scheduler_output: Any) -> None:
+        for new in scheduler_output.scheduled_new_reqs:
+            # Positions before this are filled in by prompt chunks; such a step brings one token.
+            self._filled[new.req_id] = len(new.prefill_token_ids)
+        scheduled = scheduler_output.num_scheduled_tokens
+        starts = {req_id: self.requests[req_id].num_computed_tokens for req_id in scheduled}
+        super()._update_after_schedule(scheduler_output)
+        counted = {}
+        for req_id, start in starts.items():
+            if start < self._filled[req_id]:
+                continue
+            request = self.requests[req_id]
+            end = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len) - 1
+            most = max(0, min(self._most_tokens(request), end - start))
+            # vLLM counted one position and one placeholder.
+            request.num_computed_tokens += most - 1
+            request.num_output_placeholders += most - 1
+            counted[req_id] = most
+        scheduler_output.ouro_counted = counted
+
+    def _most_tokens(self, request: Request) -> int:
+        most = self._most.get(request.request_id)
+        if most is None:
+            config = self.loop_config
+            loop = LoopRequest.of(request.sampling_params, request.num_prompt_tokens, config)
+            most = most_tokens(loop.params, loop.single, config.loops)
+            self._most[request.request_id] = most
+        return most
+
+    def update_from_output(
+        self, scheduler_output: Any, model_runner_output: Any
+    ) -> dict[int, EngineCoreOutputs]:
+        step: StepOutput | None = getattr(model_runner_output, "ouro", None)
+        if step is None:
+            return super().update_from_output(scheduler_output, model_runner_output)
+        counted: dict[str, int] = scheduler_output.ouro_counted
+        came = []
+        for req_id in scheduler_output.num_scheduled_tokens:
+            request = self.requests.get(req_id)
+            if request is None or request.is_finished():
+                continue
+            stale = request.num_stale_output_tokens > 0
+            if stale and request.drop_stale_output:
+                continue
+            came.append(request)
+            if req_id in counted and not stale:
+                more = len(step.depths[req_id]) - counted[req_id]
+                request.num_computed_tokens += more
+                request.num_output_placeholders += more
+        result = super().update_from_output(scheduler_output, model_runner_output)
+        self._add_depths(result, step)
+        for request in came:
+            depths = step.depths[request.request_id]
+            if depths and not request.is_finished() and request.request_id in self.requests:
+                running = request.status == RequestStatus.RUNNING
+                written = request.num_computed_tokens - request.num_output_placeholders
+                self._advance_clean(request, depths, written if running else 0)
+        self._send_report(result, step)
+        return result
+
+    def _free_request_blocks(self, request: Request) -> None:
+        if request.is_finished():
+            self._filled.pop(request.request_id, None)
+            self._most.pop(request.request_id, None)
+        super()._free_request_blocks(request)

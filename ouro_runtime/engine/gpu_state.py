@@ -1,0 +1,304 @@
+"""Seam: the `ModelState` of vLLM's V2 runner, through which a step's passes run on CUDA.
+
+The runner prepares a batch, calls `prepare_attn`, `prepare_inputs` and the model's `forward`, then
+the sampler. `prepare_inputs` hands `forward` a `LaneStep`; `forward` runs it; the sampler's place
+is taken by one that hands over what the passes sampled. A batch of unknown requests (profiling,
+warm-up, capture) runs the model once, as vLLM does.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.worker.gpu.model_states.interface import ModelState
+
+from ouro_runtime.config import LoopConfig
+from ouro_runtime.engine.gpu_block import parts_of
+from ouro_runtime.engine.gpu_buckets import pass_buckets
+from ouro_runtime.engine.gpu_engine import LaneEngine
+from ouro_runtime.engine.gpu_graphs import PassGraphs
+from ouro_runtime.engine.gpu_lanes import LaneBuffers
+from ouro_runtime.engine.gpu_output import StepBill
+from ouro_runtime.engine.gpu_requests import LaneRequests
+from ouro_runtime.engine.gpu_rows import RowPasses
+from ouro_runtime.engine.gpu_sampler import LaneSampler, StepSampling
+from ouro_runtime.engine.gpu_step import LaneShape, LaneStep, StepInputs
+
+logger = logging.getLogger("vllm.ouro")
+
+
+class OuroModelState(ModelState):
+    """Steps of a looped model on vLLM's V2 runner."""
+
+    def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: Any) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        if self.model_config.return_sampling_mask or self.model_config.enable_trace_replay:
+            raise ValueError(
+                "Ouro Serve does not support sampling masks or trace replay: a step yields "
+                "several tokens per request"
+            )
+        self.loops = LoopConfig.of(vllm_config).loops
+        config = self.model_config.hf_config
+        self.requests = LaneRequests(
+            self.max_num_reqs, LoopConfig.of(vllm_config), self.max_model_len
+        )
+        self.buffers = LaneBuffers(
+            self.max_num_tokens,
+            self.max_num_reqs,
+            self.max_num_reqs,
+            config.hidden_size,
+            self.dtype,
+            device,
+        )
+        self.graphs = PassGraphs(device)
+        self.engine: LaneEngine | None = None
+        self.rows: RowPasses | None = None
+        self.sampler: Any = None
+        self._tables: torch.Tensor | None = None
+        self._logical: torch.Tensor | None = None
+        self._step: LaneStep | None = None
+        self._bill: StepBill | None = None
+        model.lane_state = self
+
+    # ---- set-up ---------------------------------------------------------------------------------
+
+    def custom_sampler(self, sampler: Any) -> tuple[Any, Any] | None:
+        self.sampler = sampler
+        return LaneSampler(sampler, self), None
+
+    def get_additional_cg_support(self) -> tuple[AttentionCGSupport, str | None]:
+        # In full-graph mode the runner replays a graph of its own and never calls `forward`.
+        return AttentionCGSupport.NEVER, "Ouro (its passes have graphs of their own)"
+
+    def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
+        """The caches are bound (anew: after profiling, everything captured is void)."""
+        self.graphs.release()
+        (group,) = kv_cache_config.kv_cache_groups
+        block_size = group.kv_cache_spec.block_size
+        cache = self.model.model.layers[0].self_attn.attn.kv_cache
+        assert cache.shape[2] == block_size, "kernel blocks differ from logical blocks"
+        self._tables = block_tables.input_block_tables[0]
+        self.engine = self._make_engine(block_size)
+        self.rows = None
+
+    def _make_engine(self, block_size: int) -> LaneEngine:
+        block = self.model.model
+        gate = block.early_exit_gate
+        shape = LaneShape(
+            self.loops, block_size, gate.weight.data.flatten(), gate.bias.data.flatten()
+        )
+        attention = block.layers[0].self_attn.attn
+        kind = attention.kv_cache_dtype
+        fp8 = torch.float8_e4m3fn if kind in ("fp8", "fp8_e4m3") else None
+        parts = parts_of(self.model, self.loops, self.max_model_len, fp8)
+        lanes = fp8 is not None or parts.layers[0].k_cache.dtype == self.dtype
+        whole = get_tensor_model_parallel_world_size() == 1
+        if not lanes:
+            logger.warning(
+                "Ouro Serve: the K/V cache dtype %s has no lane kernel; decode passes fall back to "
+                "vLLM's attention, without graphs of whole passes",
+                kind,
+            )
+        return LaneEngine(
+            self.buffers,
+            shape,
+            parts if lanes else None,
+            parts.cache_table(),
+            self._run_rows,
+            self.model.read_out,
+            self.model.embed_input_ids,
+            block.embed_tokens.weight.data if whole else None,
+            self.graphs.replay,
+        )
+
+    def capture_inner_cudagraphs(
+        self, input_buffers: Any, block_tables: Any, attn_groups: Any, kv_cache_config: Any
+    ) -> None:
+        engine = self.engine
+        assert engine is not None
+        if engine.parts is None:
+            return
+        sizes = self.vllm_config.compilation_config.cudagraph_capture_sizes or ()
+        table = block_tables.input_block_tables[0]
+        self.buffers.active.fill_(False)
+        self.buffers.slots.fill_(-1)
+        self.buffers.seq_lens.zero_()
+        self.buffers.fill_copies.zero_()
+        self.graphs.capture(
+            pass_buckets(sizes, self.max_num_reqs),
+            lambda lanes: engine.pass_over_lanes(lanes, table),
+        )
+        logger.info("Ouro Serve: captured passes of %s lanes", list(self.graphs.buckets))
+
+    # ---- requests -------------------------------------------------------------------------------
+
+    def add_request(self, req_index: int, new_req_data: Any) -> None:
+        self.requests.add(
+            req_index,
+            new_req_data.req_id,
+            new_req_data.sampling_params,
+            new_req_data.prompt_len,
+            len(new_req_data.prefill_token_ids),
+        )
+
+    def remove_request(self, req_id: str) -> None:
+        self.requests.leave(req_id)
+
+    # ---- a step ---------------------------------------------------------------------------------
+
+    def _real(self, batch: Any) -> bool:
+        return batch.req_ids[0] in self.requests
+
+    def prepare_attn(
+        self,
+        input_batch: Any,
+        cudagraph_mode: Any,
+        block_tables: Any,
+        slot_mappings: torch.Tensor,
+        attn_groups: Any,
+        kv_cache_config: Any,
+        for_capture: bool = False,
+        ubatch_idx: int = 0,
+    ) -> dict[str, Any]:
+        if self.rows is None:
+            assert self._tables is not None
+            self.rows = RowPasses(
+                self.model.model,
+                self.loops,
+                self._tables,
+                attn_groups,
+                kv_cache_config,
+                self.max_model_len,
+            )
+        self._logical = slot_mappings[0]
+        if self._real(input_batch):
+            return {}  # every pass builds its own
+        loop = torch.zeros(input_batch.num_reqs, dtype=torch.int32, device=self.device)
+        return self.rows.metadata(
+            input_batch,
+            loop,
+            input_batch.seq_lens[: input_batch.num_reqs],
+            input_batch.positions,
+            slot_mappings[0],
+            for_capture,
+        )
+
+    def _run_rows(self, batch: Any, buffers: LaneBuffers, view: Any) -> None:
+        assert self.rows is not None
+        self.rows.run(batch, buffers, view)
+
+    def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
+        if not self._real(input_batch):
+            return {}
+        self._step = self._prepare_step(input_batch)
+        return {"lane_step": self._step}
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+        return {}
+
+    def prepare_inputs_embeds(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    def _prepare_step(self, batch: Any) -> LaneStep:
+        engine, requests, buffers = self.engine, self.requests, self.buffers
+        assert engine is not None and self._tables is not None and self._logical is not None
+        slots = batch.idx_mapping_np
+        count, known = batch.num_scheduled_tokens, batch.prefill_len_np
+        start = batch.num_computed_prefill_tokens_np
+        decoding = ~batch.is_prefilling_np
+        heads = decoding | (start + count >= known)
+        resumed = heads & ~decoding & (known > requests.prompt[slots])
+        plan = requests.book.plan(slots, decoding, heads)
+        params = requests.params(slots, decoding, resumed, plan)
+        stops = requests.row_stops(batch.req_ids, slots, start, count, known, decoding)
+        late = requests.book.single[slots] & heads
+        lanes, rows = batch.num_reqs, batch.num_tokens
+        mixed = rows != lanes or engine.parts is None
+        ids = batch.input_ids[:rows]
+        inputs = StepInputs(
+            slots=batch.idx_mapping,
+            block_table=self._tables,
+            head_rows=batch.logits_indices if mixed else None,
+            input_ids=ids,
+            embedded=self.model.embed_input_ids(ids),
+            positions=batch.positions[:rows],
+            logical=self._logical[:rows],
+            params=self._to_device(params.pack()),
+            plan=plan,
+            candidates=[self._lanes(lanes, chosen) for chosen in plan.candidates],
+            padded=batch.num_tokens_after_padding,
+            row_stop=None if stops is None else self._to_device(stops),
+            defer=self._to_device(late) if late.any() else None,
+        )
+        sampling = StepSampling(self.sampler, batch, self.loops, buffers.tokens)
+        engine.begin(batch, sampling, plan.candidates)
+        self._late = np.nonzero(late)[0]
+        self._bill = StepBill(
+            list(batch.req_ids),
+            requests.epochs(batch.req_ids),
+            torch.empty(0),
+            params.run_all,
+            decoding,
+            rows,
+        )
+        width = None if mixed else self.graphs.width(lanes)
+        return LaneStep(buffers, engine.shape, inputs, engine, width)
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return async_tensor_h2d(array, device=self.device)
+
+    def _lanes(self, lanes: int, chosen: np.ndarray) -> torch.Tensor | None:
+        if not len(chosen):
+            return None
+        return self.buffers.numbers[:lanes] if len(chosen) == lanes else self._to_device(chosen)
+
+    # ---- after the passes -----------------------------------------------------------------------
+
+    @property
+    def stepping(self) -> bool:
+        """Whether a step has run and its sampler output was not fetched yet."""
+        return self._step is not None
+
+    def late_logits(self) -> torch.Tensor:
+        """Logits [R, vocab] with rows for the lanes sampled after the step; [0, vocab] if none."""
+        step = self._step
+        assert step is not None
+        vocab = self.model_config.get_vocab_size()
+        if not len(self._late):
+            return torch.empty(0, vocab, dtype=self.dtype, device=self.device)
+        assert step.deferred is not None
+        return self.model.read_out(step.deferred)
+
+    def step_done(self, logits: torch.Tensor) -> tuple[Any, bool] | None:
+        """The sampler output of the step that ran, and whether its tokens are counted already."""
+        step, self._step = self._step, None
+        if step is None:
+            return None
+        engine, record = self.engine, step.record
+        assert engine is not None and engine.sampling is not None and self._bill is not None
+        sampling, batch = engine.sampling, engine.batch
+        if len(self._late):
+            lanes = self._to_device(self._late)
+            positions = batch.positions[batch.logits_indices[lanes]]
+            tokens = sampling.sample(lanes, self._late, logits[lanes], positions)
+            record.tokens[lanes, 0] = tokens
+            sampling.commit(lanes, record.count[lanes] > 0, tokens, lanes * self.loops)
+        self._bill.packed = record.packed()
+        decoding = self._to_device(self._bill.decoding)
+        return sampling.output(record, decoding), sampling.counted
+
+    def take_bill(self) -> StepBill | None:
+        """The bill of the step whose output was just made."""
+        bill, self._bill = self._bill, None
+        return bill
+
+    def note(self, bill: StepBill, output: Any) -> None:
+        """A step's depths are on the host."""
+        for req_id, epoch in zip(bill.req_ids, bill.epochs, strict=True):
+            self.requests.note(req_id, epoch, output.depths[req_id])

@@ -1,0 +1,97 @@
+"""Seam: what the schedulers of looped models share.
+
+- `num_lookahead_tokens = T - 1` reserves the slots that a step may fill;
+- the prefix cache is offered a block only when all its positions have true K/V at every loop;
+- depths ride to the API process in `EngineCoreOutput.routed_experts` (see `outputs.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.request import Request
+
+from ouro_runtime.cache.sharing import CleanPrefix
+from ouro_runtime.config import ExitParams, LoopConfig
+from ouro_runtime.engine.outputs import pack_depths, pack_report
+from ouro_runtime.engine.pin import check_parameters
+from ouro_runtime.engine.step_output import StepOutput
+
+check_parameters(KVCacheCoordinator.cache_blocks, "request", "num_computed_tokens")
+check_parameters(Scheduler.update_from_output, "scheduler_output", "model_runner_output")
+check_parameters(Scheduler._free_request_blocks, "request")
+
+
+class LoopSchedulerMixin:
+    """Comes before one of vLLM's schedulers among the bases of a class."""
+
+    vllm_config: Any
+    kv_cache_manager: Any
+    log_stats: bool
+    num_lookahead_tokens: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loop_config = LoopConfig.of(self.vllm_config)
+        assert self.num_lookahead_tokens == 0, "another feature claims the lookahead slots"
+        self.num_lookahead_tokens = self.loop_config.loops - 1
+        self._clean: dict[str, CleanPrefix] = {}
+        coordinator = self.kv_cache_manager.coordinator
+        self._publish = coordinator.cache_blocks
+        coordinator.cache_blocks = self._publish_clean
+
+    def _exit_params(self, request: Request) -> ExitParams:
+        assert request.sampling_params is not None
+        config = self.loop_config
+        return ExitParams.parse(request.sampling_params.extra_args, config.defaults, config.loops)
+
+    def _publish_clean(self, request: Request, num_computed_tokens: int) -> None:
+        """In place of the coordinator's `cache_blocks`: never past the clean prefix."""
+        clean = self._clean.get(request.request_id)
+        limit = clean.length if clean is not None else request.num_prompt_tokens
+        self._publish(request, min(num_computed_tokens, limit))
+
+    def _advance_clean(self, request: Request, depths: list[int], written: int) -> None:
+        """Take in the depths of a step's tokens.
+
+        Args:
+            written: positions of the request whose K/V the steps that have come back wrote.
+        """
+        clean = self._clean.get(request.request_id)
+        if clean is None:
+            exact = self._exit_params(request).exit_mode == "exact"
+            clean = CleanPrefix(request.num_prompt_tokens, self.loop_config.loops, exact)
+            self._clean[request.request_id] = clean
+        clean.step(depths)
+        if self.kv_cache_manager.enable_caching and written > 0:
+            self._publish_clean(request, written)
+
+    def _add_depths(self, result: dict[int, EngineCoreOutputs], step: StepOutput) -> None:
+        for outputs in result.values():
+            for output in outputs.outputs:
+                tokens = len(output.new_token_ids)
+                if tokens:
+                    depths = step.depths[output.request_id][:tokens]
+                    loops_run = step.loops_run[output.request_id][:tokens]
+                    output.routed_experts = pack_depths(depths, loops_run)
+
+    def _send_report(self, result: dict[int, EngineCoreOutputs], step: StepOutput) -> None:
+        if not self.log_stats:
+            return
+        outputs = next(iter(result.values()), None)
+        if outputs is None:
+            outputs = result[0] = EngineCoreOutputs()
+        outputs.outputs.append(pack_report(step.report))
+
+    def _free_request_blocks(self, request: Request) -> None:
+        # Also called on preemption: positions computed again keep their depths, so the clean
+        # prefix of what was generated stays known for as long as the request lives.
+        if request.is_finished():
+            self._clean.pop(request.request_id, None)
+        super()._free_request_blocks(request)  # type: ignore[misc]
+
+
+assert hasattr(EngineCoreOutput, "routed_experts"), "the depth channel is gone"
