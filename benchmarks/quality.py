@@ -73,7 +73,15 @@ class EngineBackend:
     def __init__(self, model: Path) -> None:
         from vllm import LLM
 
-        self.llm = LLM(model=str(model), dtype="float32", max_model_len=512, max_num_seqs=64)
+        # A fixed cache: by default vLLM takes a share of the machine's memory, or refuses to start.
+        self.llm = LLM(
+            model=str(model),
+            dtype="float32",
+            max_model_len=512,
+            max_num_seqs=64,
+            kv_cache_memory_bytes=256 << 20,
+            enforce_eager=True,
+        )
 
     def generate(self, prompts: Sequence[Sequence[int]], setting: Setting) -> Replies:
         from vllm import SamplingParams

@@ -6,7 +6,6 @@ are one request's depth controls. Each is validated once, here, and trusted ever
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -190,7 +189,7 @@ class LoopConfig:
 def check_threshold(value: Any, param: str = "exit_threshold") -> float:
     """`value` as a threshold; DepthError unless a number from 0 to 1."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or math.isnan(value) or not 0 <= value <= 1:
+    if not number or not 0 <= value <= 1:  # NaN compares false
         raise DepthError(param, f"{param} must be a number from 0 to 1, got {value!r}")
     return float(value)
 

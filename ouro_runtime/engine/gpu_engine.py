@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from vllm.distributed import get_tensor_model_parallel_world_size
 
 from ouro_kernels import CacheTable, standin_fill
-from ouro_runtime.engine.gpu_block import BlockParts, lane_block
+from ouro_runtime.engine.gpu_backend import LaneShape, RowView
+from ouro_runtime.engine.gpu_block import BlockParts, lane_block, parts_of
+from ouro_runtime.engine.gpu_graphs import PassGraphs
 from ouro_runtime.engine.gpu_lanes import LaneBuffers
 from ouro_runtime.engine.gpu_sampler import StepSampling
-from ouro_runtime.engine.gpu_step import LaneShape, RowView, apply_gate
+from ouro_runtime.engine.gpu_step import apply_gate
+
+logger = logging.getLogger("vllm.ouro")
 
 RunRows = Callable[[Any, LaneBuffers, RowView], None]
 
@@ -90,3 +96,48 @@ class LaneEngine:
             return self.weight, tokens
         # The vocabulary is spread over processes: embed here, and let row i be its own entry.
         return self.embed(tokens), self.buffers.numbers[: len(tokens)]
+
+
+def make_engine(
+    model: Any,
+    buffers: LaneBuffers,
+    loops: int,
+    longest: int,
+    rows: RunRows,
+    graphs: PassGraphs,
+) -> LaneEngine:
+    """The engine of a loaded model whose caches are bound.
+
+    Args:
+        model: an `OuroLaneModel`. longest: positions of a request at most.
+    """
+    block = model.model
+    attention, gate = block.layers[0].self_attn.attn, block.early_exit_gate
+    shape = LaneShape(
+        loops,
+        attention.kv_cache.shape[2],
+        gate.weight.data.flatten(),
+        gate.bias.data.flatten(),
+    )
+    kind = attention.kv_cache_dtype
+    fp8 = torch.float8_e4m3fn if kind in ("fp8", "fp8_e4m3") else None
+    parts = parts_of(model, loops, longest, fp8)
+    lanes = fp8 is not None or parts.layers[0].k_cache.dtype == buffers.hidden.dtype
+    if not lanes:
+        logger.warning(
+            "Ouro Serve: no lane kernel reads a K/V cache of dtype %s; decode passes fall back to "
+            "vLLM's attention, without graphs of whole passes",
+            kind,
+        )
+    whole = get_tensor_model_parallel_world_size() == 1
+    return LaneEngine(
+        buffers,
+        shape,
+        parts if lanes else None,
+        parts.cache_table(),
+        rows,
+        model.read_out,
+        model.embed_input_ids,
+        block.embed_tokens.weight.data if whole else None,
+        graphs.replay,
+    )

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from vllm.v1.worker.gpu.async_utils import AsyncOutput
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
+from ouro_runtime.engine import gpu_pin
 from ouro_runtime.engine.gpu_output import LaneOutput
 from ouro_runtime.engine.gpu_state import OuroModelState
 
@@ -46,6 +48,11 @@ class OuroGPUWorker(Worker):
     """`--worker-cls` on CUDA."""
 
     def _make_model_runner(self) -> Any:
+        if not torch.cuda.is_available():
+            raise RuntimeError(
+                "Ouro Serve's CUDA engine was asked for, but torch sees no CUDA device"
+            )
         if not self.use_v2_model_runner:
             raise RuntimeError("Ouro Serve on CUDA needs vLLM's V2 model runner")
+        gpu_pin.check()
         return OuroGPUModelRunner(self.vllm_config, self.device)

@@ -9,6 +9,7 @@ so the slots reserved for a step hold whatever it writes.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -42,32 +43,48 @@ def most_tokens(params: ExitParams, single: bool, loops: int) -> int:
 
 
 class OuroAsyncScheduler(LoopSchedulerMixin, AsyncScheduler):
-    """Scheduler of looped models on CUDA; also right where only one step is in flight."""
+    """Scheduler of looped models on CUDA; also right where only one step is in flight.
+
+    Between steps, of a request that is past its prompt and knows n tokens,
+    `num_output_placeholders` is the most tokens that the steps in flight can still bring, and
+    `num_computed_tokens` is n - 1 more than that.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._filled: dict[str, int] = {}
         self._most: dict[str, int] = {}
+        self._flight: dict[str, deque[int]] = {}
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
         for new in scheduler_output.scheduled_new_reqs:
             # Positions before this are filled in by prompt chunks; such a step brings one token.
             self._filled[new.req_id] = len(new.prefill_token_ids)
+            # What a preempted request has in flight still is void.
+            stale = self._flight.get(new.req_id, ())
+            self._flight[new.req_id] = deque([0] * len(stale))
         scheduled = scheduler_output.num_scheduled_tokens
-        starts = {req_id: self.requests[req_id].num_computed_tokens for req_id in scheduled}
+        decoding = {
+            req_id: self.requests[req_id].num_computed_tokens >= self._filled[req_id]
+            for req_id in scheduled
+        }
         super()._update_after_schedule(scheduler_output)
-        counted = {}
-        for req_id, start in starts.items():
-            if start < self._filled[req_id]:
-                continue
+        brings = set()
+        for req_id in scheduled:
             request = self.requests[req_id]
-            end = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len) - 1
-            most = max(0, min(self._most_tokens(request), end - start))
-            # vLLM counted one position and one placeholder.
-            request.num_computed_tokens += most - 1
-            request.num_output_placeholders += most - 1
-            counted[req_id] = most
-        scheduler_output.ouro_counted = counted
+            if not request.is_prefill_chunk:
+                most = self._most_tokens(request) if decoding[req_id] else 1
+                self._flight[req_id].append(most)
+                self._expect(request, request.num_tokens)
+                brings.add(req_id)
+        scheduler_output.ouro_brings = brings
+
+    def _expect(self, request: Request, known: int) -> None:
+        """Count what the steps in flight can bring a request of `known` tokens."""
+        longest = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+        most = min(sum(self._flight[request.request_id]), max(0, longest - known))
+        request.num_output_placeholders = most
+        request.num_computed_tokens = known - 1 + most
 
     def _most_tokens(self, request: Request) -> int:
         most = self._most.get(request.request_id)
@@ -84,20 +101,22 @@ class OuroAsyncScheduler(LoopSchedulerMixin, AsyncScheduler):
         step: StepOutput | None = getattr(model_runner_output, "ouro", None)
         if step is None:
             return super().update_from_output(scheduler_output, model_runner_output)
-        counted: dict[str, int] = scheduler_output.ouro_counted
         came = []
         for req_id in scheduler_output.num_scheduled_tokens:
             request = self.requests.get(req_id)
             if request is None or request.is_finished():
                 continue
+            if req_id in scheduler_output.ouro_brings:
+                self._flight[req_id].popleft()
             stale = request.num_stale_output_tokens > 0
             if stale and request.drop_stale_output:
                 continue
+            tokens = len(step.depths[req_id])
             came.append(request)
-            if req_id in counted and not stale:
-                more = len(step.depths[req_id]) - counted[req_id]
-                request.num_computed_tokens += more
-                request.num_output_placeholders += more
+            if req_id in scheduler_output.ouro_brings and not stale:
+                self._expect(request, request.num_tokens + tokens)
+                # vLLM takes off what came.
+                request.num_output_placeholders += tokens
         result = super().update_from_output(scheduler_output, model_runner_output)
         self._add_depths(result, step)
         for request in came:
@@ -113,4 +132,5 @@ class OuroAsyncScheduler(LoopSchedulerMixin, AsyncScheduler):
         if request.is_finished():
             self._filled.pop(request.request_id, None)
             self._most.pop(request.request_id, None)
+            self._flight.pop(request.request_id, None)
         super()._free_request_blocks(request)

@@ -13,22 +13,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from ouro_runtime.config import LoopConfig
-from ouro_runtime.engine.gpu_block import parts_of
+from ouro_runtime.engine.gpu_backend import StepInputs
 from ouro_runtime.engine.gpu_buckets import pass_buckets
-from ouro_runtime.engine.gpu_engine import LaneEngine
+from ouro_runtime.engine.gpu_engine import LaneEngine, make_engine
 from ouro_runtime.engine.gpu_graphs import PassGraphs
 from ouro_runtime.engine.gpu_lanes import LaneBuffers
 from ouro_runtime.engine.gpu_output import StepBill
 from ouro_runtime.engine.gpu_requests import LaneRequests
 from ouro_runtime.engine.gpu_rows import RowPasses
 from ouro_runtime.engine.gpu_sampler import LaneSampler, StepSampling
-from ouro_runtime.engine.gpu_step import LaneShape, LaneStep, StepInputs
+from ouro_runtime.engine.gpu_step import LaneStep
 
 logger = logging.getLogger("vllm.ouro")
 
@@ -84,38 +83,10 @@ class OuroModelState(ModelState):
         cache = self.model.model.layers[0].self_attn.attn.kv_cache
         assert cache.shape[2] == block_size, "kernel blocks differ from logical blocks"
         self._tables = block_tables.input_block_tables[0]
-        self.engine = self._make_engine(block_size)
+        self.engine = make_engine(
+            self.model, self.buffers, self.loops, self.max_model_len, self._run_rows, self.graphs
+        )
         self.rows = None
-
-    def _make_engine(self, block_size: int) -> LaneEngine:
-        block = self.model.model
-        gate = block.early_exit_gate
-        shape = LaneShape(
-            self.loops, block_size, gate.weight.data.flatten(), gate.bias.data.flatten()
-        )
-        attention = block.layers[0].self_attn.attn
-        kind = attention.kv_cache_dtype
-        fp8 = torch.float8_e4m3fn if kind in ("fp8", "fp8_e4m3") else None
-        parts = parts_of(self.model, self.loops, self.max_model_len, fp8)
-        lanes = fp8 is not None or parts.layers[0].k_cache.dtype == self.dtype
-        whole = get_tensor_model_parallel_world_size() == 1
-        if not lanes:
-            logger.warning(
-                "Ouro Serve: the K/V cache dtype %s has no lane kernel; decode passes fall back to "
-                "vLLM's attention, without graphs of whole passes",
-                kind,
-            )
-        return LaneEngine(
-            self.buffers,
-            shape,
-            parts if lanes else None,
-            parts.cache_table(),
-            self._run_rows,
-            self.model.read_out,
-            self.model.embed_input_ids,
-            block.embed_tokens.weight.data if whole else None,
-            self.graphs.replay,
-        )
 
     def capture_inner_cudagraphs(
         self, input_buffers: Any, block_tables: Any, attn_groups: Any, kv_cache_config: Any

@@ -10,107 +10,11 @@ It is written against `LaneBackend`, so that tests drive it on CPU tensors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
-
 import torch
 
 from ouro_kernels import exit_gate, next_pass
+from ouro_runtime.engine.gpu_backend import LaneBackend, LaneShape, RowView, StepInputs
 from ouro_runtime.engine.gpu_lanes import LaneBuffers, LaneParams, StepRecord
-from ouro_runtime.loop.lanes import LanePlan
-
-
-@dataclass
-class LaneShape:
-    """What a step needs of a model: T, positions per block, the gate's weights [H] and [1]."""
-
-    loops: int
-    block_size: int
-    gate_weight: torch.Tensor
-    gate_bias: torch.Tensor
-
-
-@dataclass
-class StepInputs:
-    """What a step starts from: R lanes (one per request), N rows in the order of the batch.
-
-    Attributes:
-        slots: [R] int64, request slots. block_table: [R or more, B] int32, logical blocks.
-        head_rows: [R] int64, the row of each lane; None if row i is lane i (then N = R).
-        input_ids: [N] integer, the rows' tokens; embedded: [N, H]. positions: [N] int64.
-        logical: [N] int64, each row's slot in a cache of one loop; negative: it has none.
-        params: packed `LaneParams`. plan: see `LaneBook`.
-        candidates: per pass the plan's candidates on the device, None where there are none.
-        padded: rows to run when N > R: N or more.
-        row_stop: [N] int32, loops after which a row's K/V stand in for its deeper ones (positions
-            computed again after a preemption); None if all rows run every loop.
-        defer: [R] bool, lanes sampled after the step (their tokens need the host); None if none.
-    """
-
-    slots: torch.Tensor
-    block_table: torch.Tensor
-    head_rows: torch.Tensor | None
-    input_ids: torch.Tensor
-    embedded: torch.Tensor
-    positions: torch.Tensor
-    logical: torch.Tensor
-    params: torch.Tensor
-    plan: LanePlan
-    candidates: list[torch.Tensor | None]
-    padded: int
-    row_stop: torch.Tensor | None = None
-    defer: torch.Tensor | None = None
-
-
-@dataclass
-class RowView:
-    """The rows of a mixed pass: what an attention over runs of rows needs.
-
-    Attributes:
-        rows: N; padded: rows to run. positions, slots: [padded] int64, physical slots.
-        loop, seq_lens: [R] int32, per request: the 0-based loop of its rows, and the positions
-            that its last row reads.
-    """
-
-    rows: int
-    padded: int
-    positions: torch.Tensor
-    slots: torch.Tensor
-    loop: torch.Tensor
-    seq_lens: torch.Tensor
-
-
-class LaneBackend(Protocol):
-    """What a step needs of an engine. Hidden states are those in `LaneBuffers`."""
-
-    def run_lanes(self, lanes: int, block_table: torch.Tensor) -> bool:
-        """One pass over the first `lanes` rows, one row per request, and the gate (`apply_gate`).
-
-        Returns:
-            Whether every cell also wrote its K/V into its deeper loops (`fill_copies`).
-        """
-
-    def run_rows(self, view: RowView) -> None:
-        """One pass over all rows of a batch with prompt chunks; no gate, no stand-ins."""
-
-    def stand_in(self, slots: torch.Tensor, loop: torch.Tensor, mask: torch.Tensor) -> None:
-        """Copy K/V at `slots` [M] of 0-based `loop` [M] to the deeper loops where `mask` [M]."""
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Read-out [M, vocab] of states [M, H]."""
-
-    def sample(
-        self, lanes: torch.Tensor, logits: torch.Tensor, step: int, positions: torch.Tensor
-    ) -> torch.Tensor:
-        """Tokens [M] int64 of `lanes` [M] whose heads are at `positions` [M], in pass `step`."""
-
-    def sampled(
-        self, lanes: torch.Tensor, read: torch.Tensor, tokens: torch.Tensor, place: torch.Tensor
-    ) -> None:
-        """Those of `lanes` that were `read` [M] took their tokens, at `place` of the record."""
-
-    def embedding(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A table [V, H] and the rows of it [L] that embed `tokens` [L]."""
 
 
 def apply_gate(buffers: LaneBuffers, shape: LaneShape, hidden: torch.Tensor, lanes: int) -> None:

@@ -30,13 +30,15 @@ class Curriculum:
     memory: float = 0.99
 
     def pick(self, rng: random.Random) -> tuple[str, int]:
-        """A family, and a level: half the time the present one, else any easier one."""
+        """A family, and a level: half the time the present one, else any; any, once it is done."""
         least = min(self.levels.values())
         # The family that is furthest behind gets the most problems, one that is done the fewest.
-        weights = [0.1 if self.done(n) else 1 / (1 + self.levels[n] - least) for n in FAMILIES]
+        weights = [0.25 if self.done(n) else 1 / (1 + self.levels[n] - least) for n in FAMILIES]
         name = rng.choices(tuple(FAMILIES), weights)[0]
         level = self.levels[name]
-        return name, level if rng.random() < 0.5 else rng.randint(0, level)
+        # Some habits of the hardest level (how long an answer is) have to be unlearned in the end.
+        present = not self.done(name) and rng.random() < 0.5
+        return name, level if present else rng.randint(0, level)
 
     def done(self, name: str) -> bool:
         """Whether the hardest level is learned; it is then only kept from being forgotten."""

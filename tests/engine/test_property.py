@@ -199,4 +199,4 @@ def test_batched_equals_serial(
     assert compared > 4 * WORKLOADS, f"only {compared} outputs compared"
     assert excused <= compared // 100, f"{excused} of {compared} excused as near ties"
     if kind == "cramped":
-        assert preemptions >= 20, f"only {preemptions} preemptions"
+        assert preemptions >= 8, f"only {preemptions} preemptions"

@@ -123,9 +123,10 @@ def test_min_tokens_hold_back_a_stop_inside_a_step(
 
 def test_stop_token_at_every_place(llm: LLM, reference: Reference, depth: dict[str, Any]) -> None:
     free = expect(reference, PROMPTS[3], depth)
-    for stop in dict.fromkeys(free.tokens):
+    stops = list(dict.fromkeys(free.tokens))
+    params = [greedy(TOKENS, depth, stop_token_ids=[stop]) for stop in stops]
+    for stop, out in zip(stops, generate(llm, [PROMPTS[3]] * len(stops), params), strict=True):
         end = free.tokens.index(stop) + 1
-        out = generate_one(llm, PROMPTS[3], greedy(TOKENS, depth, stop_token_ids=[stop]))
         assert_same(f"stop {stop}", out.tokens, out.depths, free.tokens[:end], free.depths[:end])
         assert (out.finish_reason, out.stop_reason) == ("stop", stop)
 
@@ -241,7 +242,7 @@ def test_a_seed_gives_the_same_tokens_in_any_company(llm: LLM, sampler: str) -> 
     rng = random.Random(sampler)
     requests = [
         (rng.choice(PROMPTS), sampled(rng.choice(list(DEPTH.values())), 40 + number, **options))
-        for number in range(10)
+        for number in range(6)
     ]
     alone = [generate_one(llm, prompt, params) for prompt, params in requests]
     assert len({tuple(out.tokens) for out in alone}) == len(alone)
@@ -249,7 +250,7 @@ def test_a_seed_gives_the_same_tokens_in_any_company(llm: LLM, sampler: str) -> 
         (rng.choice(PROMPTS), greedy(rng.randint(1, 20), d, temperature=rng.choice([0.0, 1.3])))
         for d in DEPTH.values()
     ]
-    for company in (requests, requests[::-1], [*strangers, *requests]):
+    for company in (requests, [*strangers, *requests]):
         outputs = generate(llm, [p for p, _ in company], [params for _, params in company])
         by_seed = {
             params.seed: out

@@ -11,13 +11,13 @@ from unittest import mock
 import torch
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from ouro_runtime.engine import gpu_state
+from ouro_runtime.engine import gpu_engine, gpu_state
 from ouro_runtime.engine.gpu_scheduler import OuroAsyncScheduler
 from ouro_runtime.plugin import register
 from tests.gpu.fake_model import FakeModel
@@ -88,7 +88,7 @@ class FakeEngine:
             config, pool, StructuredOutputManager(config), BLOCK, log_stats=True
         )
         self.scheduler.use_v2_model_runner = True
-        with mock.patch.object(gpu_state, "get_tensor_model_parallel_world_size", lambda: 1):
+        with mock.patch.object(gpu_engine, "get_tensor_model_parallel_world_size", return_value=1):
             state = gpu_state.OuroModelState(config, self.model, None, torch.device("cpu"))
             self.model.lane_state = state
             self.runner = FakeRunner(self.model, state, slots, max_len, BLOCK)
@@ -100,6 +100,7 @@ class FakeEngine:
         self.hasher = get_request_block_hasher(BLOCK, sha256) if caching else None
         self.results: dict[str, Result] = {}
         self.reports: list[Any] = []
+        self.preemptions = 0
         self._queue: deque[tuple[Any, Any, Any]] = deque()
 
     def add(self, name: str, prompt: Sequence[int], params: SamplingParams) -> None:
@@ -111,12 +112,11 @@ class FakeEngine:
         """`EngineCore.step_with_batch_queue`: schedule; take in the oldest step when enough are
         under way or nothing was scheduled."""
         plan = self.scheduler.schedule()
-        bill: list[Any] = []
-        take = self.state.take_bill
-        with mock.patch.object(self.state, "take_bill", lambda: bill.append(take()) or bill[0]):
-            output = self.runner.execute(plan, self.pad)
-        self._queue.append((plan, output, bill[0] if bill else None))
-        if len(self._queue) >= self.in_flight or not plan.total_num_scheduled_tokens:
+        self.preemptions += len(plan.preempted_req_ids or ())
+        self._queue.append((plan, *self.runner.execute(plan, self.pad)))
+        while len(self._queue) >= self.in_flight or (
+            self._queue and not plan.total_num_scheduled_tokens
+        ):
             self._take()
 
     def _take(self) -> None:
@@ -153,7 +153,7 @@ class FakeEngine:
         assert not self.scheduler.requests
         pool = self.scheduler.kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
-        for left in (self.scheduler._clean, self.scheduler._filled, self.scheduler._most):
+        for left in (self.scheduler._clean, self.scheduler._filled, self.scheduler._flight):
             assert not left, left
         requests = self.state.requests
         assert not requests._slot and not requests._depths and not requests._epoch
@@ -169,5 +169,3 @@ def params(max_tokens: int, depth: dict[str, Any] | None = None, **options: Any)
         "extra_args": depth,
     }
     return SamplingParams(**(settings | options))
-
-

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ouro_kernels import loop_decode_attention, loop_norm, rms_norm, rope_kv_write, sandwich_norm
 from safetensors.torch import load_file
 
+from ouro_kernels import loop_decode_attention, loop_norm, rms_norm, rope_kv_write, sandwich_norm
 from ouro_runtime.config import OuroConfig
+from ouro_runtime.engine.gpu_backend import RowView
 from ouro_runtime.engine.gpu_block import BlockParts, parts_of
 from ouro_runtime.engine.gpu_lanes import LaneBuffers
-from ouro_runtime.engine.gpu_step import RowView
 
 
 class FakeModel:
@@ -42,8 +42,12 @@ class FakeModel:
         self.cos_sin = torch.cat([angle.cos(), angle.sin()], dim=-1)
         gate = "model.early_exit_gate"
         self.model = SimpleNamespace(
-            layers=[self._layer(i, torch.full(shape, torch.nan)) for i in range(c.num_hidden_layers)],
-            norm=SimpleNamespace(weight=self.w["model.norm.weight"], variance_epsilon=c.rms_norm_eps),
+            layers=[
+                self._layer(i, torch.full(shape, torch.nan)) for i in range(c.num_hidden_layers)
+            ],
+            norm=SimpleNamespace(
+                weight=self.w["model.norm.weight"], variance_epsilon=c.rms_norm_eps
+            ),
             early_exit_gate=SimpleNamespace(
                 weight=self.w[f"{gate}.weight"], bias=self.w[f"{gate}.bias"]
             ),

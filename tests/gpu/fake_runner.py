@@ -171,7 +171,9 @@ class FakeRunner:
         logical = blocks * self.block + positions % self.block
         filled = np.minimum(self.computed_np[slots], self.prefill[slots])
         bound = self.computed_np[slots] + count
-        assert (bound >= (self.computed[index].numpy() + count)).all(), "the host's count fell behind"
+        assert (bound >= (self.computed[index].numpy() + count)).all(), (
+            "the host's count fell behind"
+        )
         numbers = torch.arange(requests + 1, dtype=torch.int32)
         batch = InputBatch(
             req_ids=names,
@@ -183,7 +185,7 @@ class FakeRunner:
             expanded_local_pos=torch.zeros(requests, dtype=torch.int32),
             num_scheduled_tokens=count,
             num_tokens=rows,
-            num_tokens_after_padding=rows + pad,
+            num_tokens_after_padding=min(rows + pad, self.state.max_num_tokens),
             num_draft_tokens=0,
             num_draft_tokens_per_req=None,
             query_start_loc=torch.from_numpy(first),
@@ -210,11 +212,11 @@ class FakeRunner:
 
     # ---- execute_model, sample_tokens ------------------------------------------------------------
 
-    def execute(self, plan: Any, pad: int = 0) -> ModelRunnerOutput:
-        """One step; the output as it is when everything has come back."""
+    def execute(self, plan: Any, pad: int = 0) -> tuple[ModelRunnerOutput, StepBill | None]:
+        """One step: the output as it is when everything has come back, and its bill."""
         self._update(plan)
         if not plan.total_num_scheduled_tokens:
-            return ModelRunnerOutput(req_ids=[], req_id_to_index={})
+            return ModelRunnerOutput(req_ids=[], req_id_to_index={}), None
         batch, slot_mappings = self._batch(plan, pad)
         assert self.state.prepare_attn(batch, None, (self.gathered,), slot_mappings, [], None) == {}
         step = self.state.prepare_inputs(batch, None)["lane_step"]
@@ -222,7 +224,8 @@ class FakeRunner:
         logits = self.model.compute_logits(hidden[batch.logits_indices])
         out = self.sampler(logits, batch)
         self._post_update(batch, out)
-        return self._output(batch, out, self.state.take_bill())
+        bill = self.state.take_bill()
+        return self._output(batch, out, bill), bill
 
     def _post_update(self, batch: InputBatch, out: SamplerOutput) -> None:
         counts = self.sampler.penalties_state.output_bin_counts

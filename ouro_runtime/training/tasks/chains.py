@@ -12,8 +12,8 @@ class Chains(Family):
     """Ten names, each linked to another or, where a chain ends, to itself; where does one lead?
 
     The asked name is `level + 1` links from its end. At least three chains end somewhere, so the
-    end is not told without walking. The answer names the end first, then the stops on the way: the
-    end is hard, every later name is one link from the one before.
+    end is not told without walking. The answer names the end, then the first stop on the way: the
+    end is hard, the first stop is one link away.
 
     The links are told in the names' order. Shuffled links need a search by content, which a model
     of this size did not find in the time it is given; in order, a link is found by its place.
@@ -34,8 +34,6 @@ class Chains(Family):
         links = ", ".join(f"{name} to {leads[name]}" for name in NAMES)
         wordings = ("Where does {} lead?", "where does {} lead?", "Where does {} end?")
         asked = rng.choices(wordings, (18, 1, 1))[0].format(path[0])
-        answer = f"To {path[-1]}"
-        if level:
-            answer += f" via {', '.join(path[1:-1])}"
+        answer = f"To {path[-1]} via {path[1]}."
         key = f"chain {links} ? {path[0]}"
-        return Problem(self.name, level, key, f"Links: {links}. {asked}", answer + ".")
+        return Problem(self.name, level, key, f"Links: {links}. {asked}", answer)

@@ -1,0 +1,35 @@
+"""Graph-bucket arithmetic."""
+
+import pytest
+
+from ouro_runtime.engine.gpu_buckets import bucket_for, pass_buckets
+
+
+def test_buckets_are_the_capture_sizes_that_fit_and_the_most_lanes() -> None:
+    assert pass_buckets([1, 2, 4, 8, 16], 6) == (1, 2, 4, 6)
+    assert pass_buckets([4, 2, 1, 2], 4) == (1, 2, 4)
+
+
+def test_more_lanes_than_the_largest_capture_size_run_uncaptured() -> None:
+    buckets = pass_buckets([1, 2, 4], 100)
+    assert buckets == (1, 2, 4)
+    assert bucket_for(buckets, 5) is None
+
+
+def test_without_capture_sizes_there_are_no_buckets() -> None:
+    assert pass_buckets([], 8) == ()
+    assert bucket_for((), 1) is None
+
+
+@pytest.mark.parametrize(("sizes", "lanes"), [([0, 1], 4), ([1], 0), ([-1], 1)])
+def test_sizes_under_one_are_refused(sizes: list[int], lanes: int) -> None:
+    with pytest.raises(ValueError):
+        pass_buckets(sizes, lanes)
+
+
+def test_a_batch_runs_in_the_smallest_bucket_that_holds_it() -> None:
+    buckets = pass_buckets([1, 2, 4, 8, 16, 24, 32], 40)
+    for lanes in range(1, 33):
+        bucket = bucket_for(buckets, lanes)
+        assert bucket is not None and bucket >= lanes
+        assert all(other < lanes for other in buckets if other < bucket)

@@ -1,0 +1,104 @@
+"""On a GPU: the same golden data through vLLM's real runner. Not run anywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.cases import CHECKPOINTS, Case, golden_cases
+from tests.engine.compare import first_difference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+SAFE = 5e-3
+"""Margin over which no order of float32 summation, nor a TF32 product, may flip a decision."""
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "graphs": {},
+    "eager": {"enforce_eager": True},
+    "synchronous": {"async_scheduling": False},
+    "chunks": {"max_num_batched_tokens": 64, "max_num_seqs": 32},
+}
+
+
+@pytest.fixture(scope="module", params=[(c, o) for c in CHECKPOINTS for o in OPTIONS])
+def run(request: pytest.FixtureRequest) -> Iterator[tuple[str, Any]]:
+    from tests.engine.harness import engine
+
+    checkpoint, options = request.param
+    settings = {"enforce_eager": False, "num_gpu_blocks_override": 1024, "block_size": 16}
+    with engine(CHECKPOINTS[checkpoint], **(settings | OPTIONS[options])) as llm:
+        yield checkpoint, llm
+
+
+def check(case: Case, tokens: list[int], depths: list[int]) -> None:
+    if case.margin < SAFE:
+        return
+    at = first_difference(tokens, depths, case.tokens, case.depths)
+    assert at is None, f"{case.name}: token {at}: {tokens} at {depths}, expected {case.tokens}"
+
+
+def test_golden_cases_in_one_batch(run: tuple[str, Any]) -> None:
+    from tests.engine.harness import generate, greedy
+
+    checkpoint, llm = run
+    cases = golden_cases(checkpoint)
+    outputs = generate(
+        llm,
+        [case.prompt for case in cases],
+        [greedy(len(case.tokens), case.depth_fields) for case in cases],
+    )
+    for case, out in zip(cases, outputs, strict=True):
+        check(case, out.tokens, out.depths)
+
+
+def test_golden_cases_alone(run: tuple[str, Any]) -> None:
+    from tests.engine.harness import generate_one, greedy
+
+    checkpoint, llm = run
+    for case in golden_cases(checkpoint)[::7]:
+        out = generate_one(llm, case.prompt, greedy(len(case.tokens), case.depth_fields))
+        check(case, out.tokens, out.depths)
+
+
+def test_forced_depths_come_out(run: tuple[str, Any]) -> None:
+    from tests.engine.harness import generate, greedy
+
+    _, llm = run
+    loops = llm.llm_engine.vllm_config.model_config.hf_config.total_ut_steps
+    wanted = [[1], [loops], [1, 2, 3], [loops, 1]]
+    outputs = generate(
+        llm,
+        [[5, 6, 7 + index] for index in range(len(wanted))],
+        [greedy(17, {"forced_depths": depths}) for depths in wanted],
+    )
+    for depths, out in zip(wanted, outputs, strict=True):
+        assert out.depths == [depths[i % len(depths)] for i in range(17)]
+
+
+def test_seeds_penalties_and_stops(run: tuple[str, Any]) -> None:
+    from tests.engine.harness import generate, greedy
+
+    _, llm = run
+    depth = {"exit_threshold": 0.4}
+    params = [
+        greedy(20, depth, temperature=1.0, seed=3),
+        greedy(20, depth, presence_penalty=1.5, frequency_penalty=0.5),
+        greedy(20, depth, temperature=0.8, top_p=0.9, top_k=20, seed=4, min_tokens=5),
+    ]
+    prompts = [[9, 8, 7]] * len(params)
+    together = generate(llm, prompts, params)
+    alone = [generate(llm, [p], [s])[0] for p, s in zip(prompts, params, strict=True)]
+    assert [out.tokens for out in together] == [out.tokens for out in alone]
+    stop = together[0].tokens[6]
+    cut = generate(llm, prompts[:1], [params[0].clone()])[0]
+    assert cut.tokens == together[0].tokens
+    params[0].stop_token_ids = [stop]
+    ended = generate(llm, prompts[:1], [params[0]])[0]
+    assert ended.tokens == together[0].tokens[: together[0].tokens.index(stop) + 1]

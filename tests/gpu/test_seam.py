@@ -1,0 +1,164 @@
+"""The seam to vLLM's V2 runner, as far as it can be looked at without a GPU."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from vllm.config import CompilationConfig
+from vllm.config.compilation import CompilationMode, CUDAGraphMode
+from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
+
+from ouro_runtime.engine import gpu_pin
+from ouro_runtime.engine.gpu_graphs import PassGraphs
+from ouro_runtime.engine.gpu_lanes import STOPS, LaneParams, StepRecord
+from ouro_runtime.engine.gpu_model import OuroLaneModel
+from ouro_runtime.engine.gpu_output import StepBill
+from ouro_runtime.engine.gpu_runner import OuroGPUWorker
+from ouro_runtime.engine.gpu_state import OuroModelState
+from ouro_runtime.engine.pin import SeamError
+
+
+def test_vllm_is_as_the_seam_was_written_for() -> None:
+    gpu_pin.check()
+
+
+def test_a_moved_seam_is_named() -> None:
+    with pytest.raises(SeamError, match=r"StepBill no longer has colour"):
+        gpu_pin.fields(StepBill, "rows", "colour")
+    with pytest.raises(SeamError, match=r"no longer uses"):
+        gpu_pin.mentions(test_a_moved_seam_is_named, "mentions(", "nowhere" + "_else")
+
+
+def test_without_vllms_gpu_modules_the_error_says_so() -> None:
+    gone = {"vllm.v1.worker.gpu_worker": None}
+    with mock.patch.dict(sys.modules, gone), pytest.raises(RuntimeError, match="GPU modules"):
+        gpu_pin.check()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+def test_without_a_gpu_the_worker_says_so() -> None:
+    worker = OuroGPUWorker.__new__(OuroGPUWorker)
+    worker.use_v2_model_runner = True
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        worker._make_model_runner()
+
+
+def test_the_worker_refuses_the_old_runner() -> None:
+    worker = OuroGPUWorker.__new__(OuroGPUWorker)
+    worker.use_v2_model_runner = False
+    with (
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        pytest.raises(RuntimeError, match="V2 model runner"),
+    ):
+        worker._make_model_runner()
+
+
+def test_vllm_finds_the_model_state() -> None:
+    model = OuroLaneModel.__new__(OuroLaneModel)
+    assert resolve_model_state_cls(None, model) is OuroModelState
+
+
+def test_vllm_never_replays_a_graph_of_the_whole_forward() -> None:
+    state = OuroModelState.__new__(OuroModelState)
+    support, backend = state.get_additional_cg_support()
+    config = CompilationConfig(
+        mode=CompilationMode.VLLM_COMPILE, cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE
+    )
+    config.set_splitting_ops_for_v1("naive", 1)
+    mode = config.resolve_cudagraph_mode_and_sizes(support, backend, 1, True)
+    assert mode == CUDAGraphMode.PIECEWISE
+
+
+def test_logits_are_the_steps_while_one_waits_for_its_output() -> None:
+    class Model(OuroLaneModel):
+        def __init__(self) -> None:
+            self.lane_state = None
+
+        def read_out(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden + 1
+
+        __setattr__ = object.__setattr__
+
+    model, hidden, late = Model(), torch.zeros(2, 3), torch.ones(1, 3)
+    assert torch.equal(model.compute_logits(hidden), hidden + 1)
+    model.lane_state = SimpleNamespace(stepping=True, late_logits=lambda: late)
+    assert model.compute_logits(hidden) is late
+    model.lane_state.stepping = False
+    assert torch.equal(model.compute_logits(hidden), hidden + 1)
+
+
+def test_without_graphs_a_pass_is_as_wide_as_its_lanes() -> None:
+    graphs = PassGraphs(torch.device("cpu"))
+    assert graphs.width(5) == 5
+    assert not graphs.replay(5)
+    graphs.buckets = (1, 4, 8)
+    assert [graphs.width(n) for n in (1, 2, 8, 9)] == [1, 4, 8, 9]
+    graphs.release()
+    assert graphs.width(2) == 2
+
+
+def test_lane_parameters_survive_the_journey() -> None:
+    rng = np.random.default_rng(0)
+    lanes = 5
+    flags = rng.random((3, lanes)) < 0.5
+    params = LaneParams(
+        threshold=rng.random(lanes, np.float32),
+        limit=rng.integers(1, 1 << 30, lanes),
+        run_all=flags[0],
+        once=flags[1],
+        decoding=flags[2],
+        stops=rng.integers(-1, 50_000, (lanes, STOPS)),
+        low=rng.integers(1, 5, (4, lanes)),
+        high=rng.integers(1, 5, (4, lanes)),
+    )
+    fields = LaneParams.unpack(torch.from_numpy(params.pack()))
+    for name, value in fields.items():
+        assert np.array_equal(value.numpy(), getattr(params, name)), name
+    assert fields["threshold"].dtype == torch.float32
+
+
+def test_a_record_takes_tokens_of_those_that_were_read() -> None:
+    record = StepRecord.empty(3, 2, torch.device("cpu"))
+    lanes = torch.tensor([0, 2])
+    for token, read in ((10, [True, False]), (20, [True, True])):
+        record.add(
+            lanes,
+            torch.tensor(read),
+            torch.tensor([token, token + 1]),
+            torch.tensor([1, 2], dtype=torch.int32),
+        )
+    assert record.count.tolist() == [2, 0, 1]
+    assert record.tokens.tolist() == [[10, 20], [0, 0], [21, 0]]
+    assert record.depths.tolist() == [[1, 1], [0, 0], [2, 0]]
+
+
+def test_the_bill_counts_what_ran() -> None:
+    packed = torch.tensor(
+        [
+            # depths        start end
+            [2, 1, 0, 0, 1, 1],  # one loop was done; leaves at 2, at 1, and is one loop deep
+            [3, 0, 0, 0, 0, 0],  # exact: read out at 3, ran all
+            [2, 0, 0, 0, 0, 0],  # the end of a prompt of 5
+        ],
+        dtype=torch.int32,
+    )
+    bill = StepBill(
+        ["a", "b", "c"],
+        [1, 1, 1],
+        packed,
+        runs_all=np.array([False, True, True]),
+        decoding=np.array([True, True, False]),
+        rows=7,
+    )
+    out = bill.settle(packed.numpy(), np.array([2, 1, 1]))
+    assert out.depths == {"a": [2, 1], "b": [3], "c": [2]}
+    assert out.loops_run == {"a": [2, 1], "b": [4], "c": [4]}
+    # Five prompt rows and the exact lane at every loop; the first lane at 2, 1 and 1.
+    assert out.report.rows_by_loop == [6 + 2, 6 + 1, 6, 6]
+    assert out.report.pass_rows == [7] * 4
+    assert out.report.tokens == 4
