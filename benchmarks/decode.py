@@ -121,7 +121,7 @@ def summarise(rates: Rates, batch: int) -> dict[str, Any]:
     rows = []
     for name in [f"{mean:g}" for mean in MEANS] + (["exact 2"] if "exact 2" in rates else []):
         mean = float(name.split()[-1])
-        row = {
+        row: dict[str, Any] = {
             "depth": name,
             "tokens_per_second": median[name],
             "over_baseline": ratio(name, "baseline"),
@@ -208,7 +208,7 @@ def measure(options: argparse.Namespace, model: Path, dtype: str) -> dict[str, A
     field, length = ("overall", 256) if options.prefill else ("rate", PROMPT)
     result: dict[str, Any] = {"golden_float32": check_golden(cores)}
     budget = str(max(options.batches) * length + 64)
-    extra = ("--dtype", dtype, "--max-num-batched-tokens", budget, "--max-model-len", "512")
+    extra: tuple[str, ...] = ("--dtype", dtype, "--max-num-batched-tokens", budget, "--max-model-len", "512")
     extra += ("--max-num-seqs", str(max(*options.batches, 8)))
     extra += ("--eager",) if options.eager else ()
     with (

@@ -91,10 +91,10 @@ def golden(result: dict[str, Any]) -> bool:
         records = json.loads((folder / name / "golden.json").read_text())["records"]
         cases, wanted = [], []
         for record in records:
-            runs = [({"exit_threshold": 1.0}, record["full"])]
+            runs: list[tuple[dict[str, Any], Any]] = [({"exit_threshold": 1.0}, record["full"])]
             for mode in ("skip", "exact"):
                 for threshold, run in record[mode].items():
-                    fields = {"exit_threshold": float(threshold), "exit_mode": mode}
+                    fields: dict[str, Any] = {"exit_threshold": float(threshold), "exit_mode": mode}
                     runs.append((fields, run))
             for fields, run in runs:
                 if min(run["min_logit_margin"], run["min_cdf_margin"]) >= SAFE:
@@ -145,7 +145,8 @@ def measure(kind: str, folder: str, result: dict[str, Any], deadline: float) -> 
         for context in CONTEXTS:
             for batch in BATCHES:
                 for mean in MEANS if kind == "ours" else (4.0,):
-                    row = {"engine": kind, "batch": batch, "context": context, "depth": mean}
+                    row: dict[str, Any] = {"engine": kind, "batch": batch, "context": context}
+                    row["depth"] = mean
                     if time.monotonic() > deadline:
                         row["skipped"] = "out of time"
                     else:

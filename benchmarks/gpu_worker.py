@@ -1,4 +1,4 @@
-"""One engine on a GPU, in a process of its own: JSON lines from `benchmarks.gpu`, one reply each."""
+"""One engine on a GPU, in a process of its own: JSON lines from `benchmarks.gpu`, and replies."""
 
 from __future__ import annotations
 

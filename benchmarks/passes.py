@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +14,7 @@ class PassProfile:
     def __init__(self, llm: Any) -> None:
         core = llm.llm_engine.engine_core.engine_core
         self.runner = core.model_executor.driver_worker.worker.model_runner
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.passes = self.rows = self.steps = self.tokens = 0
         self.step_seconds = 0.0
         self._on = False
@@ -29,7 +29,8 @@ class PassProfile:
             report = getattr(output, "ouro", None)
             if self._on and report is not None:
                 report = report.report
-                self.seconds.update(report.seconds)
+                for part, value in report.seconds.items():
+                    self.seconds[part] += value
                 self.passes += len(report.pass_rows)
                 self.rows += sum(report.pass_rows)
                 self.tokens += report.tokens

@@ -144,6 +144,15 @@ def parts_of(model: Any, loops: int, longest: int, fp8: torch.dtype | None) -> B
     def first(module: Any) -> Project:
         return lambda x: module(x)[0]
 
+    def mlp(module: Any) -> Project:
+        # Under vLLM's compilation its activations are plain torch, for the compiler to fuse; here
+        # nothing is compiled, so its kernel is called by name.
+        def run(x: torch.Tensor) -> torch.Tensor:
+            act = module.act.forward_cuda if x.is_cuda else module.act
+            return module.down_proj(act(module.gate_up_proj(x)[0]))[0]
+
+        return run
+
     layers = []
     for layer in block.layers:
         attention = layer.self_attn
@@ -153,7 +162,7 @@ def parts_of(model: Any, loops: int, longest: int, fp8: torch.dtype | None) -> B
             LayerParts(
                 qkv=first(attention.qkv_proj),
                 out=first(attention.o_proj),
-                mlp=layer.mlp,
+                mlp=mlp(layer.mlp),
                 before_attention=layer.input_layernorm.weight.data,
                 after_attention=layer.input_layernorm_2.weight.data,
                 before_mlp=layer.post_attention_layernorm.weight.data,

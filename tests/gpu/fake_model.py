@@ -63,10 +63,11 @@ class FakeModel:
         def linear(matrix: torch.Tensor) -> Callable[[torch.Tensor], Any]:
             return lambda x: (x @ matrix.T, None)
 
-        def mlp(x: torch.Tensor) -> torch.Tensor:
-            up = x @ weight("mlp.up_proj").T
-            return (F.silu(x @ weight("mlp.gate_proj").T) * up) @ weight("mlp.down_proj").T
+        def swiglu(x: torch.Tensor) -> torch.Tensor:
+            gate, up = x.chunk(2, dim=-1)
+            return F.silu(gate) * up
 
+        gate_up = torch.cat([weight(f"mlp.{name}_proj") for name in ("gate", "up")])
         packed = torch.cat([weight(f"self_attn.{name}_proj") for name in "qkv"])
         norms = (
             "input_layernorm",
@@ -86,7 +87,11 @@ class FakeModel:
                     impl=SimpleNamespace(scale=c.head_dim**-0.5),
                 ),
             ),
-            mlp=mlp,
+            mlp=SimpleNamespace(
+                gate_up_proj=linear(gate_up),
+                down_proj=linear(weight("mlp.down_proj")),
+                act=swiglu,
+            ),
             **{name: SimpleNamespace(weight=weight(name)) for name in norms},
         )
 
