@@ -35,8 +35,8 @@ Rates = dict[str, list[float]]
 
 
 def tokens_for(batch: int) -> int:
-    """Tokens per request: fewer in a large batch, whose steps are long."""
-    return 48 if batch <= 4 else 32 if batch <= 16 else 24
+    """Tokens per request after the first: fewer in a large batch, whose steps are long."""
+    return 32 if batch <= 8 else 16
 
 
 def forced(mean: float, tokens: int, batch: int, mode: str = "skip") -> list[dict[str, Any]]:
@@ -81,7 +81,7 @@ def measure_batch(
 ) -> dict[str, Any]:
     """All depths at one batch size; round by round, the engines in turn."""
     tokens = tokens_for(batch)
-    asked = {"prompts": prompts(batch, length, vocab, seed=batch), "tokens": tokens}
+    asked = {"prompts": prompts(batch, length, vocab, seed=batch), "tokens": tokens + 1}
     settings = {f"{mean:g}": forced(mean, tokens, batch) for mean in MEANS}
     settings |= {f"fixed {d}": [{"max_loops": d, **FULL}] * batch for d in range(1, LOOPS)}
     if batch == 1:
@@ -208,7 +208,14 @@ def measure(options: argparse.Namespace, model: Path, dtype: str) -> dict[str, A
     field, length = ("overall", 256) if options.prefill else ("rate", PROMPT)
     result: dict[str, Any] = {"golden_float32": check_golden(cores)}
     budget = str(max(options.batches) * length + 64)
-    extra: tuple[str, ...] = ("--dtype", dtype, "--max-num-batched-tokens", budget, "--max-model-len", "512")
+    extra: tuple[str, ...] = (
+        "--dtype",
+        dtype,
+        "--max-num-batched-tokens",
+        budget,
+        "--max-model-len",
+        "512",
+    )
     extra += ("--max-num-seqs", str(max(*options.batches, 8)))
     extra += ("--eager",) if options.eager else ()
     with (
@@ -229,7 +236,7 @@ def measure(options: argparse.Namespace, model: Path, dtype: str) -> dict[str, A
         result["profile"] = {"batch": largest, "mean_depth": 2.5} | ours.ask(
             "profile",
             prompts=prompts(largest, PROMPT, vocab, seed=largest),
-            tokens=tokens,
+            tokens=tokens + 1,
             extra=forced(2.5, tokens, largest),
         )
     print_batches(result["batches"])

@@ -25,7 +25,7 @@ import httpx
 from benchmarks.engines import ROOT, Engine, worker_cores
 from benchmarks.workload import depth_lists, prompts
 
-CLIENTS, PROMPT, TOKENS = 32, 32, 48
+CLIENTS, PROMPT, TOKENS = 32, 32, 49
 START_TIMEOUT = 600
 MEANS = (4.0, 2.5)
 
@@ -126,7 +126,7 @@ def measure_http(model: Path, dtype: str, rounds: int, threads: int | None) -> l
         server(model, dtype) as (address, group),
     ):
         for mean in MEANS:
-            depths = depth_lists(mean, TOKENS, CLIENTS)
+            depths = depth_lists(mean, TOKENS - 1, CLIENTS)
             extra = [{"forced_depths": d} for d in depths]
             rates: dict[str, list[float]] = {"http": [], "offline": []}
             for turn in range(-1, rounds):

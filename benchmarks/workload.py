@@ -16,19 +16,17 @@ SHARES: dict[float, tuple[float, ...]] = {
 
 
 def depth_lists(mean: float, tokens: int, requests: int, seed: int = 0) -> list[list[int]]:
-    """Forced depths of `requests` requests of `tokens` tokens.
+    """Forced depths of `requests` requests: the first token at depth 4, then `tokens` more.
 
     All get the same depths in orders of their own, so that every request runs as many loops and
-    the batch stays full to the end.
+    the batch stays full to the end. Their mean is `mean` exactly; `tokens` is a multiple of 16.
     """
-    shares = SHARES[mean]
-    counts = [int(share * tokens) for share in shares]
-    short = tokens - sum(counts)
-    for index in sorted(range(4), key=lambda i: counts[i] - shares[i] * tokens)[:short]:
-        counts[index] += 1
-    depths = [loop for loop, count in enumerate(counts, 1) for _ in range(count)]
+    assert tokens % 16 == 0, tokens
+    depths = [
+        loop for loop, share in enumerate(SHARES[mean], 1) for _ in range(int(share * tokens))
+    ]
     rng = random.Random(seed)
-    return [rng.sample(depths, len(depths)) for _ in range(requests)]
+    return [[4, *rng.sample(depths, len(depths))] for _ in range(requests)]
 
 
 def prompts(requests: int, length: int, vocab: int, seed: int = 0) -> list[list[int]]:

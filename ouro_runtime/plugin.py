@@ -3,6 +3,9 @@
 vLLM calls it in every process, possibly more than once.
 """
 
+MODEL = "ouro_runtime.model.ouro:OuroForCausalLM"
+CUDA_MODEL = "ouro_runtime.engine.gpu_model:OuroLaneModel"
+
 _registered = False
 
 
@@ -16,12 +19,14 @@ def register() -> None:
 
     pin.check_version()
     from vllm.model_executor.models.registry import ModelRegistry
+    from vllm.platforms import current_platform
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
     from ouro_runtime.config import OuroConfig
     from ouro_runtime.engine import config_hook, outputs
 
     _CONFIG_REGISTRY["ouro"] = OuroConfig
-    ModelRegistry.register_model("OuroForCausalLM", "ouro_runtime.model.ouro:OuroForCausalLM")
+    model = CUDA_MODEL if current_platform.is_cuda() else MODEL
+    ModelRegistry.register_model("OuroForCausalLM", model)
     config_hook.install()
     outputs.install()

@@ -14,6 +14,8 @@ SCHEDULER = "ouro_runtime.engine.scheduler.OuroScheduler"
 CPU_WORKER = "ouro_runtime.engine.cpu_worker.OuroCPUWorker"
 
 
+CUDA_SCHEDULER = "ouro_runtime.engine.gpu_scheduler.OuroAsyncScheduler"
+CUDA_WORKER = "ouro_runtime.engine.gpu_runner.OuroGPUWorker"
 CPU_BLOCK_SIZE = 32
 
 
@@ -28,6 +30,9 @@ class OuroConfigHook(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: Any) -> None:
         LoopConfig.of(vllm_config)
         refuse(vllm_config)
+        if current_platform.is_cuda():
+            on_cuda(vllm_config)
+            return
         scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
         scheduler.async_scheduling = False
         scheduler.scheduler_cls = SCHEDULER
@@ -39,6 +44,21 @@ class OuroConfigHook(VerifyAndUpdateConfig):
                 # closer together the elements of one token, and the cheaper its stand-ins.
                 vllm_config.cache_config.block_size = CPU_BLOCK_SIZE
                 vllm_config.cache_config.user_specified_block_size = True
+
+
+def on_cuda(vllm_config: Any) -> None:
+    """vLLM's V2 runner, our asynchronous scheduler, pages in the order our kernels read."""
+    from vllm.config.compilation import CUDAGraphMode
+
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    vllm_config.scheduler_config.scheduler_cls = CUDA_SCHEDULER
+    vllm_config.parallel_config.worker_cls = CUDA_WORKER
+    vllm_config.cache_config.kv_cache_layout = "LBHNC"
+    compilation = vllm_config.compilation_config
+    mode = compilation.cudagraph_mode
+    if mode is None or mode.has_full_cudagraphs():
+        # A full graph of vLLM's would replay one forward; the graphs of a pass are our own.
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
 
 
 def refuse(vllm_config: Any) -> None:
@@ -77,7 +97,7 @@ def refuse(vllm_config: Any) -> None:
             "dual-batch overlap: the passes of a step depend on each other",
         ),
         (
-            getattr(scheduler, "async_scheduling", None) is True,
+            current_platform.is_cpu() and scheduler.async_scheduling is True,
             "asynchronous scheduling: how many tokens a step yields is known only after it",
         ),
         (

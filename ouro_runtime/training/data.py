@@ -30,14 +30,14 @@ class Curriculum:
     memory: float = 0.99
 
     def pick(self, rng: random.Random) -> tuple[str, int]:
-        """A family, and a level: half the time the present one, else any; any, once it is done."""
+        """A family, and a level: half the time the present one, else any; any, once at the top."""
         least = min(self.levels.values())
         # The family that is furthest behind gets the most problems, one that is done the fewest.
         weights = [0.25 if self.done(n) else 1 / (1 + self.levels[n] - least) for n in FAMILIES]
         name = rng.choices(tuple(FAMILIES), weights)[0]
         level = self.levels[name]
         # Some habits of the hardest level (how long an answer is) have to be unlearned in the end.
-        present = not self.done(name) and rng.random() < 0.5
+        present = level < self.tops[name] and rng.random() < 0.5
         return name, level if present else rng.randint(0, level)
 
     def done(self, name: str) -> bool:

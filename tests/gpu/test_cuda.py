@@ -26,8 +26,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "chunks": {"max_num_batched_tokens": 64, "max_num_seqs": 32},
 }
 
+ENGINES = [*(("t4-mha", options) for options in OPTIONS), ("t6-gqa", "graphs")]
+"""As many engines as start in a few minutes."""
 
-@pytest.fixture(scope="module", params=[(c, o) for c in CHECKPOINTS for o in OPTIONS])
+
+@pytest.fixture(scope="module", params=ENGINES)
 def run(request: pytest.FixtureRequest) -> Iterator[tuple[str, Any]]:
     from tests.engine.harness import engine
 

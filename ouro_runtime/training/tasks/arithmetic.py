@@ -12,7 +12,7 @@ class Sums(Family):
 
     name = "sum"
     unit = "digits"
-    top = 6
+    top = 5
 
     def draw(self, rng: random.Random, level: int) -> Problem:
         digits = level + 1

@@ -1,0 +1,106 @@
+"""What a mixed pass tells vLLM's attention, and the model's `forward`."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm.forward_context import get_forward_context, override_forward_context
+
+from ouro_runtime.engine.gpu_backend import RowView
+from ouro_runtime.engine.gpu_lanes import LaneBuffers
+from ouro_runtime.engine.gpu_model import OuroLaneModel
+from ouro_runtime.engine.gpu_rows import RowPasses
+
+T = 4
+
+
+class Group:
+    """An attention group whose metadata is what its builder was given."""
+
+    layer_names = ("layer.0", "layer.1")
+    kv_cache_spec = None
+
+    def get_metadata_builder(self, ubatch: int) -> Any:
+        return SimpleNamespace(supports_update_block_table=True)
+
+    def build_metadata(self, common: Any, ubatch: int) -> Any:
+        return common
+
+
+def batch() -> Any:
+    """A decoding request, and one with a chunk of three positions."""
+    first = np.array([0, 1, 4], np.int32)
+    return SimpleNamespace(
+        num_reqs=2,
+        num_tokens=4,
+        query_start_loc=torch.from_numpy(first),
+        query_start_loc_np=first,
+        num_scheduled_tokens=np.array([1, 3], np.int32),
+        seq_lens_cpu_upper_bound=torch.tensor([9, 3], dtype=torch.int32),
+        is_prefilling_np=np.array([False, True]),
+        idx_mapping_np=np.array([5, 2]),
+    )
+
+
+@pytest.fixture
+def passes() -> RowPasses:
+    tables = torch.tensor([[7, 3], [2, 0], [9, 9]], dtype=torch.int32)
+
+    def block(hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return hidden + positions[:, None], None
+
+    groups = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=list(Group.layer_names))])
+    return RowPasses(block, T, tables, [[Group()]], groups, longest=11)
+
+
+def test_every_request_reads_the_pages_of_its_loop(passes: RowPasses) -> None:
+    buffers = LaneBuffers(6, 2, 8, 3, torch.float32, "cpu")
+    buffers.hidden.fill_(1)
+    view = RowView(
+        rows=4,
+        padded=6,
+        positions=torch.tensor([8, 0, 1, 2, 0, 0]),
+        slots=torch.tensor([3, 40, 41, 42, -1, -1]),
+        loop=torch.tensor([2, 1], dtype=torch.int32),
+        seq_lens=torch.tensor([9, 3], dtype=torch.int32),
+    )
+    with override_forward_context(SimpleNamespace()):
+        passes.run(batch(), buffers, view)
+        context = get_forward_context()
+    metadata = context.attn_metadata["layer.1"]
+    assert metadata.block_table_tensor.tolist() == [[30, 14], [9, 1]]
+    assert metadata.seq_lens.tolist() == [9, 3]
+    assert metadata.query_start_loc.tolist() == [0, 1, 4]
+    assert (metadata.num_reqs, metadata.num_actual_tokens, metadata.max_query_len) == (2, 4, 3)
+    # A lane may move T - 1 positions in the step, but never past the longest sequence.
+    assert metadata.max_seq_len == 11
+    assert metadata.slot_mapping.tolist() == view.slots.tolist()
+    assert context.slot_mapping["layer.0"].tolist() == view.slots.tolist()
+    assert buffers.hidden[:6, 0].tolist() == [9, 1, 2, 3, 1, 1]
+
+
+def test_forward_is_one_pass_in_the_steps_buffers_or_a_step() -> None:
+    class Model(OuroLaneModel):
+        def __init__(self, buffers: LaneBuffers) -> None:
+            self.lane_state = SimpleNamespace(buffers=buffers, stepping=False)
+
+        def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return input_ids[:, None].float().expand(-1, 3)
+
+        def model(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, None]:
+            assert hidden.data_ptr() == self.lane_state.buffers.hidden.data_ptr()
+            assert positions.data_ptr() == self.lane_state.buffers.row_positions.data_ptr()
+            return hidden * positions[:, None], None
+
+        __setattr__ = object.__setattr__
+
+    model = Model(LaneBuffers(6, 2, 8, 3, torch.float32, "cpu"))
+    out = model.forward(torch.tensor([1, 2]), torch.tensor([3, 4]))
+    assert out[:, 0].tolist() == [3, 8]
+    done = torch.ones(2, 3)
+    step = SimpleNamespace(run=lambda: done)
+    assert model.forward(torch.tensor([1]), torch.tensor([0]), lane_step=step) is done
