@@ -1,0 +1,61 @@
+"""The depth controls in force for requests that set none: the operator's, and the controller's."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ouro_runtime.config import DEPTH_FIELDS, DepthError, ExitParams, check_threshold
+
+
+class Defaults:
+    """Default depth controls of one served model, which may change while it serves.
+
+    Requests are resolved on one event loop; each change is a single assignment, so none ever sees
+    half of one.
+
+    Args:
+        base: the operator's defaults at the start.
+        loops: T of the served model.
+    """
+
+    def __init__(self, base: ExitParams, loops: int) -> None:
+        self._base = base
+        self._loops = loops
+        self._steered: Mapping[str, float] = {}
+
+    @property
+    def base(self) -> ExitParams:
+        """The operator's defaults, which complete the controls that a request does set."""
+        return self._base
+
+    def for_class(self, priority_class: str | None) -> ExitParams:
+        """The controls of a request of this class that sets none."""
+        threshold = self._steered.get(priority_class) if priority_class is not None else None
+        return self._base if threshold is None else replace(self._base, exit_threshold=threshold)
+
+    def change(self, fields: Mapping[str, Any]) -> None:
+        """Set some of the operator's defaults, all or none; null is unset, as in a request.
+
+        Raises:
+            DepthError: naming the first field that is unknown or wrong.
+        """
+        for name in fields:
+            if name not in DEPTH_FIELDS:
+                raise DepthError(
+                    name,
+                    f"{name!r:.100} is no default of depth; known are {', '.join(DEPTH_FIELDS)}",
+                )
+        self._base = ExitParams.parse(fields, self._base, self._loops)
+
+    def steer(self, thresholds: Mapping[str, float]) -> None:
+        """Put thresholds in force by priority class, in place of all earlier ones.
+
+        A class that is not named, and with an empty mapping every class, is back at the operator's.
+
+        Raises:
+            DepthError: for a threshold that is none; then nothing changes.
+        """
+        self._steered = {
+            name: check_threshold(value, f"threshold of {name}")
+            for name, value in thresholds.items()
+        }
