@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ENGINES = ("benchmarks", "engine", "server")
+ENGINES = ("benchmarks", "engine", "observability", "server")
 """Folders of tests/ that start vLLM engines, and so come last."""
 
 NOT_TESTS = ("golden",)

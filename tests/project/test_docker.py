@@ -1,26 +1,42 @@
-"""The Dockerfiles, as far as they can be checked without building them."""
+"""The Dockerfiles, as far as they can be checked without building them.
+
+`scripts/try_dockerfile.py` tries every step, which takes minutes and root; not here.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from scripts import install
+from scripts.try_dockerfile import Instruction, instructions
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FILES = ["docker/Dockerfile", "docker/Dockerfile.cuda"]
 
 
-def instructions(name: str) -> list[tuple[str, str]]:
-    """(instruction, rest) in order, continued lines joined, comments left out."""
-    lines = [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
-    joined = "\n".join(lines).replace("\\\n", " ")
-    return [(line.split()[0], line.partition(" ")[2]) for line in joined.splitlines() if line]
+def steps(name: str) -> list[Instruction]:
+    return list(instructions((ROOT / name).read_text()))
 
 
 def all_of(name: str, kind: str) -> list[str]:
-    return [rest for instruction, rest in instructions(name) if instruction == kind]
+    return [step.rest for step in steps(name) if step.kind == kind]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_linter_has_nothing_to_say(name: str) -> None:
+    places = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    hadolint = shutil.which("hadolint", path=places)
+    assert hadolint, "make install-dev brings it"
+    said = subprocess.run([hadolint, ROOT / name], capture_output=True, text=True)
+    assert (said.returncode, said.stdout) == (0, "")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -31,12 +47,13 @@ def test_base_image_is_pinned(name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_runs_as_an_ordinary_user_from_before_the_install(name: str) -> None:
-    kinds = [kind for kind, _ in instructions(name)]
-    assert all_of(name, "USER") == ["ouro"]
-    install = next(
-        i for i, (_, rest) in enumerate(instructions(name)) if "scripts/install.py" in rest
-    )
-    assert kinds.index("USER") < install
+    kinds = [step.kind for step in steps(name)]
+    first = next(i for i, step in enumerate(steps(name)) if "scripts/install.py" in step.rest)
+    assert kinds.index("USER") < first
+    (user,) = all_of(name, "USER")
+    uid = user.split(":")[0]
+    assert int(uid) > 0
+    assert any(f"--uid {uid} " in command for command in all_of(name, "RUN"))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -74,3 +91,46 @@ def test_installs_as_make_install_does(name: str, build: str) -> None:
 def test_commands_are_valid_shell(name: str) -> None:
     for command in all_of(name, "RUN"):
         subprocess.run(["sh", "-n", "-c", command], check=True)
+
+
+def test_the_packages_exist() -> None:
+    """On Debian, with the lists of packages at hand; docker/Dockerfile's base is a Debian too."""
+    (command,) = [run for run in all_of(FILES[0], "RUN") if "apt-get install" in run]
+    if not shutil.which("apt-get") or not any(Path("/var/lib/apt/lists").glob("*_Packages*")):
+        pytest.skip("no lists of Debian packages here (apt-get update)")
+    install_command = command.split("&&")[1].split()
+    done = subprocess.run([*install_command, "--simulate"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_context_holds_what_the_last_install_needs(tmp_path: Path) -> None:
+    """The last RUN, as it stands, in a folder that has what COPY brings and nothing else. The
+    packages before it are this environment's, and said to be installed."""
+    for copied in all_of(FILES[0], "COPY"):
+        *sources, target = [part for part in copied.split() if not part.startswith("--")]
+        for source in sources:
+            into = tmp_path / target / source if target.endswith("/") else tmp_path / target
+            if (ROOT / source).is_dir():
+                shutil.copytree(ROOT / source, into, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / source, into)
+    venv = tmp_path / ".venv"
+    install.make_venv(venv)
+    packages = [path for path in sys.path if path.endswith("site-packages")]
+    (own,) = venv.glob("lib/python*/site-packages")
+    (own / "packages.pth").write_text("\n".join(packages))
+    stamp = install.Stamp(venv)
+    for step in install.plan("cpu", project=False):
+        stamp.add(step)
+
+    path = f"{venv / 'bin'}:{os.environ['PATH']}"
+    command = all_of(FILES[0], "RUN")[-1]
+    done = subprocess.run(
+        command, shell=True, cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True
+    )
+    assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
+    program = json.loads(all_of(FILES[0], "ENTRYPOINT")[0])[0]
+    where = "import ouro_server, ouro_kernels, ouro_runtime as r; print(r.__file__)"
+    told = subprocess.run([venv / "bin/python", "-c", where], capture_output=True, text=True)
+    assert (venv / "bin" / program).exists()
+    assert Path(told.stdout.strip()).is_relative_to(tmp_path)
