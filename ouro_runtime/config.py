@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 
@@ -225,19 +225,38 @@ class StepReport:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+class Delivery(NamedTuple):
+    """Tokens of one request handed to its client at once, `seconds` after the ones before."""
+
+    request: str
+    seconds: float
+    tokens: int
+
+
+class Finished(NamedTuple):
+    """A request that ended: its tokens, the sum of their depths, and its mean time per token after
+    the first (None without any)."""
+
+    depth_sum: int
+    tokens: int
+    seconds_per_token: float | None = None
+
+
 @dataclass
 class DepthReport:
     """What one engine iteration brought to the API process (`IterationStats.ouro`).
 
     Attributes:
         depths, loops_run: one entry per token that was handed to a client.
-        finished: (sum of depths, number of tokens) of each request that ended.
+        deliveries: the same tokens by request, without each request's first delivery.
+        finished: the requests that ended.
         steps: the engine steps reported.
     """
 
     depths: list[int] = field(default_factory=list)
     loops_run: list[int] = field(default_factory=list)
-    finished: list[tuple[int, int]] = field(default_factory=list)
+    deliveries: list[Delivery] = field(default_factory=list)
+    finished: list[Finished] = field(default_factory=list)
     steps: list[StepReport] = field(default_factory=list)
 
 

@@ -6,11 +6,16 @@ vLLM's `/metrics` exports it.
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 
-from ouro_runtime.config import DepthReport, StepReport
+from ouro_runtime.config import DepthReport, Finished, StepReport
 
 PREFIX = "ouro_"
 STEP_BUCKETS = tuple(2**i for i in range(14))
 """Rows of a pass and tokens of a step: 1, 2, 4 .. 8192."""
+TIME_BUCKETS = (
+    *(0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075),
+    *(0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0),
+)
+"""Seconds per token."""
 
 
 def depth_buckets(loops: int) -> tuple[float, ...]:
@@ -62,6 +67,14 @@ class DepthMetrics:
         self.mean_depth = histogram(
             "request_mean_depth", "Mean depth of a finished request's tokens.", depth_buckets(loops)
         )
+        time_per_token = Histogram(
+            PREFIX + "time_per_output_token_seconds",
+            "A finished request's mean time per token after its first, by its mean depth.",
+            [*label, "depth"],
+            buckets=TIME_BUCKETS,
+            registry=registry,
+        )
+        self.time_per_token = [time_per_token.labels(model_name, number) for number in numbers]
         self.cells = counters("cells", "Cells (one position at one loop) run, by loop.", "loop")
         self.pass_rows = histogram("pass_rows", "Cells in one pass.", STEP_BUCKETS)
         self.step_tokens = histogram(
@@ -75,11 +88,18 @@ class DepthMetrics:
         loops_run = sum(report.loops_run)
         self.loops_run.inc(loops_run)
         self.loops_skipped.inc(self.loops * len(report.depths) - loops_run)
-        for total, tokens in report.finished:
-            if tokens:
-                self.mean_depth.observe(total / tokens)
+        for request in report.finished:
+            self._record_finished(request)
         for step in report.steps:
             self._record_step(step)
+
+    def _record_finished(self, request: Finished) -> None:
+        if request.tokens == 0:
+            return
+        mean = request.depth_sum / request.tokens
+        self.mean_depth.observe(mean)
+        if request.seconds_per_token is not None:
+            self.time_per_token[round(mean) - 1].observe(request.seconds_per_token)
 
     def _record_step(self, step: StepReport) -> None:
         for rows in step.pass_rows:

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 
-from ouro_runtime.config import DepthReport, StepReport
-from ouro_runtime.engine.stat_logger import OuroStatLogger
+from ouro_runtime.config import DepthReport, Finished, StepReport
+from ouro_runtime.engine.pin import SeamError
+from ouro_runtime.engine.stat_logger import OuroStatLogger, listen
 from ouro_runtime.metrics import DepthMetrics, depth_buckets, unregister
 
 MODEL = {"model_name": "m"}
@@ -52,11 +53,22 @@ def test_tokens_and_loops_are_counted(registry: CollectorRegistry) -> None:
 
 def test_finished_requests_are_observed_once_each(registry: CollectorRegistry) -> None:
     metrics = DepthMetrics("m", 4, registry)
-    metrics.record(DepthReport(finished=[(10, 4), (4, 4), (0, 0)]))
+    metrics.record(DepthReport(finished=[Finished(10, 4), Finished(4, 4), Finished(0, 0)]))
     assert value(registry, "ouro_request_mean_depth_count") == 2
     assert value(registry, "ouro_request_mean_depth_sum") == 3.5
     assert value(registry, "ouro_request_mean_depth_bucket", le="1.0") == 1
     assert value(registry, "ouro_request_mean_depth_bucket", le="2.5") == 2
+
+
+def test_time_per_token_is_observed_by_mean_depth(registry: CollectorRegistry) -> None:
+    metrics = DepthMetrics("m", 4, registry)
+    name = "ouro_time_per_output_token_seconds"
+    assert [value(registry, f"{name}_count", depth=n) for n in "1234"] == [0, 0, 0, 0]
+    finished = [Finished(9, 4, 0.25), Finished(16, 4, 0.5), Finished(4, 1), Finished(0, 0)]
+    metrics.record(DepthReport(finished=finished))
+    assert [value(registry, f"{name}_count", depth=n) for n in "1234"] == [0, 1, 0, 1]
+    assert value(registry, f"{name}_sum", depth="2") == 0.25
+    assert value(registry, f"{name}_sum", depth="4") == 0.5
 
 
 def test_steps_are_counted_by_pass_and_loop(registry: CollectorRegistry) -> None:
@@ -92,6 +104,26 @@ def test_the_stat_logger_hands_reports_on() -> None:
         assert value(REGISTRY, "ouro_tokens_total", depth="2") == 1
     finally:
         unregister(REGISTRY)
+
+
+def test_who_listens_gets_every_report() -> None:
+    logger = OuroStatLogger(vllm_config("OuroForCausalLM"), [0])
+    report, heard = DepthReport(depths=[2], loops_run=[2]), []
+    try:
+        client = SimpleNamespace(logger_manager=SimpleNamespace(stat_loggers=[object(), logger]))
+        listen(client, heard.append)
+        logger.record(None, SimpleNamespace(ouro=report))
+        logger.record(None, SimpleNamespace())
+        assert heard == [report]
+    finally:
+        unregister(REGISTRY)
+
+
+def test_nobody_can_listen_where_nothing_is_recorded() -> None:
+    with pytest.raises(ValueError, match="--disable-log-stats"):
+        listen(SimpleNamespace(logger_manager=None), print)
+    with pytest.raises(SeamError):
+        listen(SimpleNamespace(logger_manager=SimpleNamespace(stat_loggers=[])), print)
 
 
 def test_the_stat_logger_is_silent_for_other_models() -> None:

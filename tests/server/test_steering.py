@@ -1,0 +1,136 @@
+"""The latency controller between the engine's reports and the defaults, on the test's own clock."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from ouro_runtime.config import Delivery, DepthReport, ExitParams
+from ouro_server import steering as module
+from ouro_server.controller import Law
+from ouro_server.defaults import Defaults
+from ouro_server.metrics import ServerMetrics
+from ouro_server.steering import Steering
+
+FLOORS = {"premium": 0.9, "batch": 0.1}
+TARGET = 0.02
+
+
+class Bench:
+    """A steering with everything around it."""
+
+    def __init__(self, threshold: float = 1.0) -> None:
+        self.now = 100.0
+        self.registry = CollectorRegistry()
+        self.defaults = Defaults(ExitParams(threshold, 1, 4, "skip"), 4)
+        metrics = ServerMetrics("m", 4, (), FLOORS, self.registry)
+        self.steering = Steering(Law(TARGET), self.defaults, FLOORS, metrics, lambda: self.now)
+
+    def run(self, seconds: int, seconds_per_token: float | None) -> None:
+        """Let answers flow at this pace, if any, with a look every second."""
+        for second in range(seconds):
+            self.now += 1
+            if seconds_per_token is not None:
+                deliveries = [Delivery(f"{second}-{i}", 4 * seconds_per_token, 4) for i in range(9)]
+                self.steering.hear(DepthReport(deliveries=deliveries))
+            self.steering.look()
+
+    def in_force(self, priority_class: str | None) -> float:
+        return self.defaults.for_class(priority_class).exit_threshold
+
+    def metric(self, name: str, **labels: str) -> float | None:
+        return self.registry.get_sample_value(
+            f"ouro_controller_{name}", {"model_name": "m"} | labels
+        )
+
+
+def test_slow_tokens_lower_the_defaults_down_to_the_floors_and_no_further() -> None:
+    bench = Bench()
+    bench.run(3, 2 * TARGET)
+    assert FLOORS["batch"] < bench.in_force("batch") < bench.in_force("premium") < 1
+    bench.run(20, 2 * TARGET)
+    assert {name: bench.in_force(name) for name in FLOORS} == FLOORS
+    assert bench.in_force(None) == 1
+    assert bench.steering.pressure == 1
+
+
+def test_quick_tokens_leave_the_operators_default() -> None:
+    bench = Bench(threshold=0.7)
+    bench.run(20, TARGET / 4)
+    assert bench.in_force("batch") == 0.7
+    assert bench.steering.pressure == 0
+    assert bench.steering.p95 == pytest.approx(TARGET / 4)
+
+
+def test_depth_returns_when_nobody_asks() -> None:
+    bench = Bench()
+    bench.run(10, 2 * TARGET)
+    bench.run(90, None)
+    assert bench.in_force("batch") == 1
+    assert bench.steering.p95 is None
+
+
+def test_the_operators_default_is_the_ceiling_also_when_it_changes() -> None:
+    bench = Bench()
+    bench.run(2, 2 * TARGET)
+    bench.defaults.change({"exit_threshold": 0.5})
+    bench.run(1, 0.8 * TARGET)
+    assert bench.in_force("premium") == 0.5
+    assert 0.1 < bench.in_force("batch") < 0.5
+
+
+def test_metrics_follow() -> None:
+    bench = Bench()
+    assert bench.metric("target_seconds") == TARGET
+    bench.run(10, 2 * TARGET)
+    down = bench.metric("changes_total", direction="down")
+    assert bench.metric("p95_seconds") == pytest.approx(2 * TARGET)
+    assert down is not None and down > 0
+    assert bench.metric("changes_total", direction="up") == 0
+    bench.run(60, None)
+    up = bench.metric("changes_total", direction="up")
+    assert up is not None and up > 0
+    assert bench.metric("changes_total", direction="down") == down
+
+
+def test_it_runs_until_cancelled_and_leaves_the_operators_defaults(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "PERIOD", 0.001)
+    bench = Bench()
+
+    async def live() -> None:
+        task = asyncio.create_task(bench.steering.run())
+        for _ in range(200):
+            bench.now += 1
+            bench.steering.hear(DepthReport(deliveries=[Delivery("a", 8 * TARGET, 4)] * 4))
+            await asyncio.sleep(0.002)
+            if bench.steering.pressure > 0.5:
+                break
+        assert bench.steering.active and bench.metric("active") == 1
+        assert bench.in_force("batch") < 1
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(live())
+    assert not bench.steering.active and bench.metric("active") == 0
+    assert bench.in_force("batch") == 1
+
+
+def test_a_controller_that_fails_gives_the_defaults_back(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "PERIOD", 0.001)
+    bench = Bench()
+    bench.defaults.steer({"batch": 0.2})
+
+    def broken() -> None:
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr(bench.steering, "look", broken)
+    asyncio.run(bench.steering.run())
+    assert bench.in_force("batch") == 1
+    assert not bench.steering.active
+    assert "default depth is back" in caplog.text
