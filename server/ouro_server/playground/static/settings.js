@@ -1,0 +1,82 @@
+// One answer's depth setting: preset buttons and sliders that always show what will apply.
+
+const CONTROLS = ["exit_threshold", "min_loops", "max_loops"];
+const DEFAULT = "default";
+const CUSTOM = "custom";
+
+export class Settings {
+  /** `depth` is the server's `GET /v1/depth`; `choice` the preset to begin with, if it exists. */
+  constructor(fieldset, name, depth, choice) {
+    this.defaults = depth.defaults;
+    this.presets = depth.presets ?? {};
+    this.inputs = Object.fromEntries(
+      CONTROLS.map((control) => [control, fieldset.querySelector(`[name=${control}]`)]),
+    );
+    fieldset.querySelector("legend").textContent = `Depth of answer ${name}`;
+    for (const control of ["min_loops", "max_loops"]) this.inputs[control].max = depth.loops;
+
+    const row = fieldset.querySelector(".presets");
+    row.setAttribute("aria-label", `Preset of answer ${name}`);
+    this.radios = new Map();
+    for (const preset of [DEFAULT, ...Object.keys(this.presets), CUSTOM]) {
+      row.append(this.#radio(name, preset));
+    }
+    fieldset.addEventListener("input", (event) => this.#changed(event.target));
+    this.choose(this.radios.has(choice) ? choice : DEFAULT);
+  }
+
+  /** The server's defaults are now those of `depth`. */
+  refresh(depth) {
+    this.defaults = depth.defaults;
+    this.choose(this.choice);
+  }
+
+  /** Take a preset, "default" or "custom"; the sliders follow. */
+  choose(preset) {
+    this.choice = preset;
+    this.radios.get(preset).checked = true;
+    if (preset === CUSTOM) return;
+    this.#show(this.defaults);
+    this.#show(this.presets[preset] ?? {});
+  }
+
+  /** The depth fields of a request: none for the server's default, a preset's name, or numbers. */
+  get fields() {
+    if (this.choice === DEFAULT) return {};
+    if (this.choice !== CUSTOM) return { depth_preset: this.choice };
+    return Object.fromEntries(CONTROLS.map((control) => [control, this.value(control)]));
+  }
+
+  value(control) {
+    return this.inputs[control].valueAsNumber;
+  }
+
+  #radio(name, preset) {
+    const label = document.createElement("label");
+    const radio = document.createElement("input");
+    Object.assign(radio, { type: "radio", name: `preset-${name}`, value: preset });
+    label.append(radio, preset);
+    label.title = this.presets[preset]?.description ?? "";
+    this.radios.set(preset, radio);
+    return label;
+  }
+
+  #changed(input) {
+    if (input.type === "radio") return this.choose(input.value);
+    const { min_loops: least, max_loops: most } = this.inputs;
+    if (least.valueAsNumber > most.valueAsNumber) {
+      const other = input === least ? most : least;
+      other.value = input.value;
+    }
+    this.choose(CUSTOM);
+    this.#show({});
+  }
+
+  #show(values) {
+    for (const [control, input] of Object.entries(this.inputs)) {
+      if (values[control] != null) input.value = values[control];
+      const shown = control === "exit_threshold" ? this.value(control).toFixed(2) : input.value;
+      input.parentElement.querySelector("output").textContent = shown;
+    }
+  }
+}
