@@ -77,11 +77,15 @@ class Browser:
 
     def until(self, what: str, css: str, fits: Callable[[str], object]) -> str:
         """Wait until an element's text fits; returns it."""
+        self.wait(f"{what}: {css}", lambda: fits(self.text(css)))
+        return self.text(css)
+
+    def wait(self, what: str, done: Callable[[], object]) -> None:
+        """Wait until something is true of the page."""
         deadline = time.monotonic() + WAIT_SECONDS
-        while not fits(text := self.text(css)):
-            assert time.monotonic() < deadline, f"{what}: {css} still says {text!r}"
+        while not done():
+            assert time.monotonic() < deadline, f"{what}: not after {WAIT_SECONDS} s"
             time.sleep(0.05)
-        return text
 
     def errors(self) -> list[str]:
         """What the console has complained about since it was asked last."""
@@ -91,6 +95,11 @@ class Browser:
     def devtools(self, command: str, **params: Any) -> Any:
         """A command of Chromium's DevTools protocol."""
         return self._call("POST", "goog/cdp/execute", {"cmd": command, "params": params})
+
+    def resize(self, width: int, height: int, scale: float = 1) -> None:
+        """Give the page another size, in CSS pixels, and as many device pixels for each."""
+        size = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": False}
+        self.devtools("Emulation.setDeviceMetricsOverride", **size)
 
     def offline(self, on: bool) -> None:
         """Cut the page off from every server, or no longer."""
@@ -110,7 +119,7 @@ class Browser:
 
 
 @contextmanager
-def browse(width: int = 1280, height: int = 800, scale: float = 1) -> Iterator[Browser]:
+def browse() -> Iterator[Browser]:
     """A browser with an empty profile, until the block ends."""
     assert CHROMIUM and DRIVER, "needs chromium and chromedriver (Debian: chromium-driver)"
     port = free_port()
@@ -119,13 +128,12 @@ def browse(width: int = 1280, height: int = 800, scale: float = 1) -> Iterator[B
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as http,
     ):
-        size = [f"--window-size={width},{height}", f"--force-device-scale-factor={scale}"]
         wanted = {
             "browserName": "chrome",
             "goog:loggingPrefs": {"browser": "ALL"},
             "goog:chromeOptions": {
                 "binary": CHROMIUM,
-                "args": [*FLAGS, *size, f"--user-data-dir={profile}"],
+                "args": [*FLAGS, f"--user-data-dir={profile}"],
             },
         }
         session = None

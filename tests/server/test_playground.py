@@ -12,7 +12,7 @@ import pytest
 
 from tests.server.browser import CHROMIUM, DRIVER, ENTER, ESCAPE, RIGHT, TAB, Browser, browse
 from tests.server.live import KEY, LOOPS, Live
-from tests.server.page_scripts import CONTRASTS, SLIDE, TOKENS
+from tests.server.playground_page import CONTRASTS, SLIDE, TOKENS, ask
 
 pytestmark = [
     pytest.mark.slow,
@@ -32,6 +32,7 @@ AA = 4.5
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with browse() as opened:
+        opened.resize(1280, 800)
         yield opened
 
 
@@ -45,13 +46,6 @@ def page(browser: Browser, live: Live) -> Browser:
     # The visit without the key has been refused, which the console notes.
     browser.errors()
     return browser
-
-
-def ask(page: Browser, question: str) -> None:
-    """Type a question and wait for the whole answer."""
-    page.click("#question")
-    page.press(question + ENTER)
-    page.until("answers", "#send", lambda text: text == "Ask")
 
 
 def asked_of_api(live: Live, question: str, **depth: Any) -> Any:
@@ -218,6 +212,17 @@ def test_the_keyboard_alone_is_enough(page: Browser) -> None:
     page.press(ENTER)
     page.until("answers", "#announcer", lambda text: "mean depth" in text)
     assert page.script("return document.querySelectorAll('.token').length") > 3
+
+
+def test_a_narrow_window_shows_all_of_it(page: Browser) -> None:
+    page.click("#compare")
+    ask(page, EASY)
+    page.resize(390, 800)
+    try:
+        assert page.script("return document.documentElement.scrollWidth") == 390
+        page.click(f"{B} [name=exit_threshold]")
+    finally:
+        page.resize(1280, 800)
 
 
 def test_every_control_has_a_name_and_every_text_contrast(page: Browser) -> None:

@@ -81,14 +81,13 @@ function describe({ text, probability, depth, cdf, loops, threshold }) {
   const facts = make("p", "", `Depth ${depth} of ${loops}`);
   if (probability !== null) facts.append(` · probability ${percent(probability)}`);
   if (!cdf) return [head, facts, make("p", "faint", "The server sent no gate values.")];
-  const caption = make("p", "faint", "The gate: chance to have left, by loop");
+  const caption = make("p", "faint", `Chance to have left; line: threshold ${threshold}`);
   const rows = make("ol", "cdf");
   for (let loop = 1; loop <= loops; loop += 1) {
     rows.append(row(loop, cdf[loop - 1], depth, loops));
   }
   rows.style.setProperty("--threshold", threshold);
-  const line = make("p", "faint", `The line is the threshold, ${threshold}.`);
-  return [head, facts, caption, rows, line];
+  return [head, facts, caption, rows];
 }
 
 function row(loop, value, depth, loops) {

@@ -76,7 +76,7 @@ export class Settings {
     for (const [control, input] of Object.entries(this.inputs)) {
       if (values[control] != null) input.value = values[control];
       const shown = control === "exit_threshold" ? this.value(control).toFixed(2) : input.value;
-      input.parentElement.querySelector("output").textContent = shown;
+      input.parentElement.querySelector("b").textContent = shown;
     }
   }
 }

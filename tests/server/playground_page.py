@@ -1,4 +1,20 @@
-"""What the playground's tests run inside the page."""
+"""The playground's page, as its tests and its picture use it."""
+
+from __future__ import annotations
+
+from tests.server.browser import ENTER, Browser
+
+ANSWERED = "return document.querySelectorAll('.answer[aria-busy=false]').length"
+
+
+def ask(page: Browser, question: str) -> None:
+    """Type a question and wait until every column has its whole answer."""
+    wanted = page.script(ANSWERED) + page.script("return document.querySelectorAll('.pane').length")
+    page.click("#question")
+    page.press(question + ENTER)
+    page.wait(f"answers {question!r}", lambda: page.script(ANSWERED) == wanted)
+    page.until("is ready for the next question", "#send", lambda text: text == "Ask")
+
 
 TOKENS = """
 const tokens = document.querySelectorAll(`${arguments[0]} .answer:last-of-type .token`);
