@@ -15,8 +15,10 @@ THINK_TOKENS = {"<think>": 3, "</think>": 4}
 FULL_REQUESTS = 8
 """Requests of full length the default K/V pool has room for."""
 
+ANY_LOOPS = 10**6
+"""Stands for T while the checkpoint is not known."""
+
 _GIB = 2**30
-_ANY_LOOPS = 10**6
 
 
 class RefusedError(Exception):
@@ -63,8 +65,8 @@ def check_depth_defaults(config: dict[str, Any] | None, depth: dict[str, Any]) -
     checks: dict[str, Callable[[Any], object]] = {
         "exit_threshold": check_threshold,
         "exit_mode": check_mode,
-        "min_loops": lambda v: check_loops("min_loops", v, _ANY_LOOPS),
-        "max_loops": lambda v: check_loops("max_loops", v, _ANY_LOOPS),
+        "min_loops": lambda v: check_loops("min_loops", v, ANY_LOOPS),
+        "max_loops": lambda v: check_loops("max_loops", v, ANY_LOOPS),
     }
     for name, value in depth.items():
         if name not in checks:

@@ -2,12 +2,15 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from ouro_runtime.config import DepthError
 from ouro_server import checkpoint, settings
+from ouro_server.presets import PresetBook, PresetError
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -29,23 +32,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What can be told before vLLM is imported; `_serve` checks again when all is known.
         config = None if model is None else checkpoint.read_config(model)
         checkpoint.check_depth_defaults(config, depth)
+        _check_presets(options.presets, config)
+        target_ms = settings.target_tpot_ms(options)
         _prepare_environment(argv, local_model=config is not None)
-        return _serve(rest, depth)
+        return _serve(rest, depth, options.presets, target_ms)
     except DepthError as error:
         return _fail(_in_terms_of_options(error))
-    except checkpoint.RefusedError as error:
+    except (checkpoint.RefusedError, PresetError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         return INTERRUPTED
 
 
-def _serve(rest: Sequence[str], depth: dict[str, object]) -> int:
+def _serve(
+    rest: Sequence[str], depth: dict[str, object], presets: Path, target_ms: float | None
+) -> int:
     from ouro_server import launch
 
     args = launch.parse(rest)
     config = checkpoint.read_config(args.model)
     merged = settings.merge_additional_config(args.additional_config, depth)
     checkpoint.check_depth_defaults(config, merged["ouro"])
+    book = _check_presets(presets, config)
+    args.presets = presets
+    args.target_tpot_ms = target_ms
+    if target_ms is not None:
+        launch.check_steering(args, book)
     if config is not None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if config is not None and args.load_format in ("auto", "safetensors"):
@@ -61,6 +73,13 @@ def _serve(rest: Sequence[str], depth: dict[str, object]) -> int:
             raise
         return _fail(_reason(error))
     return 0
+
+
+def _check_presets(file: Path, config: Mapping[str, Any] | None) -> PresetBook:
+    """PresetError for a file that the served model cannot use, as far as its loops are known."""
+    return PresetBook.load(
+        file, checkpoint.ANY_LOOPS if config is None else config["total_ut_steps"]
+    )
 
 
 def _help(argv: Sequence[str]) -> int:

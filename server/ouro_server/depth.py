@@ -1,19 +1,43 @@
-"""The depth controls of a request body: found, and checked against the served model's loops.
+"""The depth controls of a request body: found, checked and resolved for the served model.
 
 A field may stand at the top level or inside `vllm_xargs`. The raw JSON is checked, before pydantic
 can turn `true` into 1 or "0.5" into a number.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from ouro_runtime.config import DEPTH_FIELDS, DepthError, ExitParams, LoopConfig
+from ouro_runtime.config import DEPTH_FIELDS, DepthError
+from ouro_server.resolve import EFFORT, FORCED, PRESET, PRIORITY, Resolved, resolve
+from ouro_server.served import ServedDepth
 
-RETURN_DEPTHS = "return_depths"
-FORCED_DEPTHS = "forced_depths"
-REQUEST_FIELDS = (*DEPTH_FIELDS, RETURN_DEPTHS)
+RETURN_FIELDS = {"return_depths": "depths", "return_exit_cdf": "exit_cdf"}
+"""Flags that ask for something of every token, and where a choice of the answer has it."""
+
+REQUEST_FIELDS = (*DEPTH_FIELDS, PRESET, PRIORITY, *RETURN_FIELDS)
 
 _LONGEST_MESSAGE = 300
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """What differs between the endpoints that know depth.
+
+    Attributes:
+        effort: where OpenAI puts the reasoning effort in this endpoint's body.
+        returns: whether the answer can carry what `RETURN_FIELDS` ask for.
+    """
+
+    effort: tuple[str, ...] = (EFFORT,)
+    returns: bool = True
+
+
+COMPLETIONS = Endpoint()
+"""`/v1/chat/completions` and `/v1/completions`."""
+
+RESPONSES = Endpoint(effort=("reasoning", "effort"), returns=False)
+"""`/v1/responses`."""
 
 
 def find_controls(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -23,12 +47,12 @@ def find_controls(body: Mapping[str, Any]) -> dict[str, Any]:
         DepthError: for a field set twice with different values, and for `forced_depths` outside
             `vllm_xargs`.
     """
-    if body.get(FORCED_DEPTHS) is not None:
-        raise DepthError(FORCED_DEPTHS, "forced_depths is accepted only inside vllm_xargs")
+    if body.get(FORCED) is not None:
+        raise DepthError(FORCED, "forced_depths is accepted only inside vllm_xargs")
     nested = body.get("vllm_xargs")
     nested = nested if isinstance(nested, Mapping) else {}
     found: dict[str, Any] = {}
-    for name in (*REQUEST_FIELDS, FORCED_DEPTHS):
+    for name in (*REQUEST_FIELDS, FORCED):
         outer, inner = body.get(name), nested.get(name)
         if outer is not None and inner is not None and not _same(outer, inner):
             raise DepthError(
@@ -41,39 +65,94 @@ def find_controls(body: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def check_request(body: Any, config: LoopConfig | None, *, depths: bool = True) -> None:
-    """Refuse a request body whose depth controls cannot be honoured.
+def read_request(
+    body: Any, served: ServedDepth | None, endpoint: Endpoint = COMPLETIONS
+) -> Resolved | None:
+    """The depth that a request body means.
 
     Args:
-        body: the parsed JSON; anything but an object is left to the request model.
-        config: the served model's loops; None when it has none, so that every control is refused.
-        depths: whether the endpoint can return depths.
+        body: the parsed JSON; anything but an object is left to the request model, and gives None.
+        served: the served model's depth; None when it has no loops, so that every control is
+            refused and the answer is None.
+        endpoint: the one that the request came to.
 
     Raises:
-        DepthError: naming the field.
+        DepthError: naming the field that cannot be honoured.
     """
     if not isinstance(body, Mapping):
-        return
+        return None
     try:
         found = find_controls(body)
-        if config is None:
+        if served is None:
             refuse(found, "the served model has no loops")
-            return
-        wanted = found.pop(RETURN_DEPTHS, False)
-        if not isinstance(wanted, bool):
-            raise DepthError(RETURN_DEPTHS, f"return_depths must be true or false, got {wanted!r}")
-        if wanted and not depths:
-            raise DepthError(RETURN_DEPTHS, "return_depths is not supported on this endpoint")
-        if body.get("use_beam_search"):
-            asked = {**found, RETURN_DEPTHS: True} if wanted else found
-            refuse(asked, "beam search takes every token from a request of its own")
-        ExitParams.parse(found, config.defaults, config.loops)
+            return None
+        return _read(body, found, served, endpoint)
     except DepthError as error:
         raise shortened(error) from None
     except OverflowError:
         raise DepthError(
             "exit_threshold", "exit_threshold must be a number from 0 to 1, got a far larger one"
         ) from None
+
+
+def _read(
+    body: Mapping[str, Any], found: dict[str, Any], served: ServedDepth, endpoint: Endpoint
+) -> Resolved:
+    wanted = _flags(found, endpoint)
+    effort, alias = _effort(body, endpoint), alias_of(body, served)
+    if body.get("use_beam_search"):
+        asked = {**found, **wanted, **({} if effort is None else {EFFORT: effort})}
+        _refuse_all(asked, alias, "beam search takes every token from a request of its own")
+    return resolve(
+        found,
+        alias=None if alias is None else served.aliases[alias],
+        effort=effort,
+        book=served.book,
+        defaults=served.defaults,
+        loops=served.loops,
+    )
+
+
+def _flags(found: dict[str, Any], endpoint: Endpoint) -> dict[str, bool]:
+    """The flags of `RETURN_FIELDS` that are true, taken out of `found`."""
+    wanted = {}
+    for name in RETURN_FIELDS:
+        flag = found.pop(name, False)
+        if not isinstance(flag, bool):
+            raise DepthError(name, f"{name} must be true or false, got {flag!r}")
+        if flag and not endpoint.returns:
+            raise DepthError(name, f"{name} is not supported on this endpoint")
+        if flag:
+            wanted[name] = True
+    return wanted
+
+
+def _effort(body: Mapping[str, Any], endpoint: Endpoint) -> str | None:
+    """The reasoning effort of a body; what is no text is left to the request model."""
+    if EFFORT not in endpoint.effort and body.get(EFFORT) is not None:
+        raise DepthError(EFFORT, f"{EFFORT} is {'.'.join(endpoint.effort)} on this endpoint")
+    value: Any = body
+    for key in endpoint.effort:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value if isinstance(value, str) else None
+
+
+def alias_of(body: Mapping[str, Any], served: ServedDepth) -> str | None:
+    """The MODEL@PRESET that a body asks for, if its model is one."""
+    model = body.get("model")
+    return model if isinstance(model, str) and model in served.aliases else None
+
+
+def refuse_everything(body: Mapping[str, Any], served: ServedDepth | None) -> None:
+    """DepthError if a body says anything of depth: for an endpoint that knows none."""
+    alias = None if served is None else alias_of(body, served)
+    _refuse_all(find_controls(body), alias, "this endpoint knows no depth")
+
+
+def _refuse_all(found: Mapping[str, Any], alias: str | None, reason: str) -> None:
+    refuse(found, reason)
+    if alias is not None:
+        raise DepthError("model", f"model {alias!r} is not supported here: {reason}")
 
 
 def refuse(found: Mapping[str, Any], reason: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import psutil
 
 from ouro_server import checkpoint, settings
+from ouro_server.presets import PresetBook
 from ouro_server.vllm_api import (
     FlexibleArgumentParser,
     ServeSubcommand,
@@ -105,6 +106,30 @@ def complete(
             f"K/V pool: {size / 2**20:,.0f} MiB, room for {checkpoint.FULL_REQUESTS} requests of "
             f"full length or a quarter of free memory ({KV_SPACE}, in GiB, sets another)"
         )
+
+
+def check_steering(args: argparse.Namespace, book: PresetBook) -> None:
+    """Refuse a server whose depth the latency controller cannot steer.
+
+    Raises:
+        RefusedError: saying what is missing.
+    """
+    if (args.api_server_count or 1) > 1:
+        raise checkpoint.RefusedError(
+            f"--target-tpot-ms needs one API process, which sees every token; "
+            f"--api-server-count is {args.api_server_count}"
+        )
+    if args.disable_log_stats:
+        raise checkpoint.RefusedError(
+            "--target-tpot-ms needs the statistics that --disable-log-stats switches off"
+        )
+    if not book.floors:
+        raise checkpoint.RefusedError(
+            "--target-tpot-ms needs priority_classes in the presets file: they hold the floors"
+        )
+    if not args.headless:
+        # With data parallelism vLLM's default is more than one.
+        args.api_server_count = 1
 
 
 def _length(args: argparse.Namespace) -> int | None:

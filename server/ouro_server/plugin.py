@@ -1,23 +1,30 @@
 """The `vllm.endpoint_plugins` entry point: our routes and handlers on vLLM's OpenAI app."""
 
 import asyncio
+import os
 from argparse import Namespace
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import State
 
 from ouro_runtime.config import DepthError, LoopConfig
+from ouro_runtime.engine.stat_logger import listen
+from ouro_server.controller import Law
+from ouro_server.depth_routes import build_depth_router
 from ouro_server.errors import handle_depth_error
+from ouro_server.fallback import complete_requests
+from ouro_server.metrics import ServerMetrics
+from ouro_server.playground import attach_playground
+from ouro_server.presets import SHIPPED, PresetBook
 from ouro_server.ready import announce_when_ready
 from ouro_server.routes import build_router, guard_others
-from ouro_server.serving import (
-    DepthServingChat,
-    DepthServingCompletion,
-    DepthServingResponses,
-    adopt,
-    read_token_ids,
-)
+from ouro_server.served import ServedDepth
+from ouro_server.serving import DepthServingChat, DepthServingCompletion, adopt, read_token_ids
+from ouro_server.serving_responses import DepthServingResponses
+from ouro_server.steering import Steering
+from ouro_server.vllm_api import BaseModelPath
 
 PARSING = (
     "openai_serving_chat",
@@ -36,10 +43,12 @@ class DepthEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         """Replace vLLM's routes; vLLM drops its own of the same path and method."""
-        app.state.depth_config = None
+        app.state.depth = None
         app.add_exception_handler(DepthError, handle_depth_error)  # type: ignore[arg-type]
         app.include_router(build_router())
+        app.include_router(build_depth_router())
         guard_others(app)
+        attach_playground(app)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Put depth on the handlers vLLM built, if the served model has loops."""
@@ -47,17 +56,67 @@ class DepthEndpoints:
         if getattr(vllm_config.model_config.hf_config, "total_ut_steps", None) is None:
             return
         config = LoopConfig.of(vllm_config)
-        state.depth_config = config
-        state.depth_model = state.openai_serving_models.base_model_paths[0].name
-        state.openai_serving_chat = adopt(state.openai_serving_chat, DepthServingChat, config)
+        book = PresetBook.load(getattr(args, "presets", SHIPPED), config.loops)
+        models = state.openai_serving_models
+        names = [base.name for base in models.base_model_paths]
+        fixed = why_fixed(args, vllm_config.parallel_config._api_process_count)
+        metrics = ServerMetrics(
+            vllm_config.model_config.served_model_name, config.loops, book.presets, book.floors
+        )
+        served = ServedDepth.of(config, book, names, fixed)
+        metrics.watch(served.defaults)
+        steering = start_steering(engine_client, args, served, metrics)
+        served = replace(served, metrics=metrics, steering=steering)
+        state.depth = served
+        if steering is not None:
+            # Kept on the state: the event loop holds only a weak reference to a task.
+            state.steering_task = asyncio.create_task(steering.run())
+        list_aliases(models, served)
+        complete_requests(engine_client, served)
+        state.openai_serving_chat = adopt(state.openai_serving_chat, DepthServingChat, served)
         state.openai_serving_completion = adopt(
-            state.openai_serving_completion, DepthServingCompletion, config
+            state.openai_serving_completion, DepthServingCompletion, served
         )
         state.openai_serving_responses = adopt(
-            state.openai_serving_responses, DepthServingResponses, config
+            state.openai_serving_responses, DepthServingResponses, served
         )
         for name in PARSING:
             read_token_ids(getattr(state, name))
         if vllm_config.parallel_config._api_process_rank == 0:
             # Kept on the state: the event loop holds only a weak reference to a task.
             state.ready_task = asyncio.create_task(announce_when_ready(state, args))
+
+
+def start_steering(
+    engine_client: Any, args: Namespace, served: ServedDepth, metrics: ServerMetrics
+) -> Steering | None:
+    """The latency controller, listening to the engine; None unless `--target-tpot-ms` asks for it.
+
+    The command line has refused what cannot be steered (`launch.check_steering`).
+    """
+    target_ms = getattr(args, "target_tpot_ms", None)
+    if target_ms is None:
+        return None
+    steering = Steering(Law(target_ms / 1000), served.defaults, served.book.floors, metrics)
+    listen(engine_client, steering.hear)
+    return steering
+
+
+def list_aliases(models: Any, served: ServedDepth) -> None:
+    """Serve the aliases beside the names that vLLM serves the model under."""
+    path = models.base_model_paths[0].model_path
+    models.base_model_paths += [BaseModelPath(alias, path) for alias in served.aliases]
+    # vLLM's registry, which answers /v1/models and checks names, reads the same list.
+    assert all(models.is_base_model(alias) for alias in served.aliases), "aliases are not served"
+
+
+def why_fixed(args: Namespace, processes: int) -> tuple[int, str] | None:
+    """(HTTP status, reason) if defaults must not be changed over HTTP; None if they may."""
+    if not any(args.api_key or [os.environ.get("VLLM_API_KEY")]):
+        return 403, "defaults can be changed only on a server that was started with --api-key"
+    if processes > 1:
+        return 409, (
+            f"this server has {processes} API processes and a change would reach only one of "
+            "them; start it with --api-server-count 1 to change defaults while it serves"
+        )
+    return None

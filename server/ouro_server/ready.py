@@ -19,16 +19,17 @@ def address(args: Namespace) -> str:
 
 def ready_line(state: State, args: Namespace) -> str:
     """The line itself."""
-    config = state.depth_config
-    defaults = config.defaults
+    served = state.depth
+    defaults = served.defaults.base
     bounds = (
         ""
-        if (defaults.min_loops, defaults.max_loops) == (1, config.loops)
+        if (defaults.min_loops, defaults.max_loops) == (1, served.loops)
         else f", loops {defaults.min_loops} to {defaults.max_loops}"
     )
+    presets = f"; presets {', '.join(served.book.presets)}" if served.book.presets else ""
     return (
-        f"Ouro Serve is ready at {address(args)} (model {state.depth_model}, T={config.loops}, "
-        f"exit threshold {defaults.exit_threshold:g}{bounds}, mode {defaults.exit_mode})"
+        f"Ouro Serve is ready at {address(args)} (model {served.model}, T={served.loops}, "
+        f"exit threshold {defaults.exit_threshold:g}{bounds}, mode {defaults.exit_mode}{presets})"
     )
 
 

@@ -1,29 +1,27 @@
-"""The routes that replace vLLM's, and `GET /v1/depth`.
+"""The routes that replace vLLM's.
 
-A replaced route checks the depth controls, then calls vLLM's own function: cancellation when a
+A replaced route resolves the request's depth, then calls vLLM's own function: cancellation when a
 client leaves, load tracking, headers and keep-alives are vLLM's.
 """
 
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 
-from ouro_runtime.config import MODES, LoopConfig
 from ouro_server import depth
 from ouro_server.schemas import (
     DepthChatRequest,
     DepthChatResponse,
     DepthCompletionRequest,
     DepthCompletionResponse,
-    DepthDefaults,
-    DepthInfo,
     DepthResponsesRequest,
+    DepthResponsesResponse,
 )
+from ouro_server.served import ServedDepth
 from ouro_server.vllm_api import (
     ErrorResponse,
-    ResponsesResponse,
     chat_route,
     completion_route,
     responses_route,
@@ -46,29 +44,32 @@ OTHER_ENDPOINTS = (
 """vLLM's endpoints that run or render a request but know no depth: they refuse depth fields."""
 
 
-def loops_of(request: Request) -> LoopConfig | None:
-    """The served model's loops; None for a model that has none."""
-    return request.app.state.depth_config
+def served_by(request: Request) -> ServedDepth | None:
+    """The served model's depth; None for a model that has no loops."""
+    return request.app.state.depth
 
 
-async def check_depth(raw_request: Request) -> None:
-    """400 unless the body's depth controls can be honoured."""
-    depth.check_request(await raw_request.json(), loops_of(raw_request))
+async def resolve_depth(raw_request: Request) -> None:
+    """Note the depth that the body means; 400 unless it can be honoured."""
+    body = await raw_request.json()
+    raw_request.state.depth = depth.read_request(body, served_by(raw_request))
 
 
-async def check_depth_only(raw_request: Request) -> None:
-    """As `check_depth`, for an endpoint that cannot return depths."""
-    depth.check_request(await raw_request.json(), loops_of(raw_request), depths=False)
+async def resolve_responses_depth(raw_request: Request) -> None:
+    """As `resolve_depth`, for `/v1/responses`."""
+    body = await raw_request.json()
+    served = served_by(raw_request)
+    raw_request.state.depth = depth.read_request(body, served, depth.RESPONSES)
 
 
 async def refuse_depth(raw_request: Request) -> None:
-    """400 if the body has a depth control: this endpoint would ignore it."""
+    """400 if the body says anything of depth: this endpoint would ignore it."""
     try:
         body = await raw_request.json()
     except ValueError:
         return
     if isinstance(body, dict):
-        depth.refuse(depth.find_controls(body), "this endpoint knows no depth")
+        depth.refuse_everything(body, served_by(raw_request))
 
 
 def _responses(model: Any) -> dict[int | str, dict[str, Any]]:
@@ -79,50 +80,39 @@ def _responses(model: Any) -> dict[int | str, dict[str, Any]]:
 
 
 def build_router() -> APIRouter:
-    """The chat, completion and Responses routes with depth, and `GET /v1/depth`."""
+    """The chat, completion and Responses routes with depth."""
     router = APIRouter()
     json_body = Depends(validate_json_request)
 
     @router.post(
         "/v1/chat/completions",
-        dependencies=[json_body, Depends(check_depth)],
+        dependencies=[json_body, Depends(resolve_depth)],
         responses=_responses(DepthChatResponse),
         response_model=None,
     )
     async def create_chat_completion(request: DepthChatRequest, raw_request: Request) -> Response:
+        request.resolve(raw_request.state.depth)
         return await chat_route(request, raw_request)
 
     @router.post(
         "/v1/completions",
-        dependencies=[json_body, Depends(check_depth)],
+        dependencies=[json_body, Depends(resolve_depth)],
         responses=_responses(DepthCompletionResponse),
         response_model=None,
     )
     async def create_completion(request: DepthCompletionRequest, raw_request: Request) -> Response:
+        request.resolve(raw_request.state.depth)
         return await completion_route(request, raw_request)
 
     @router.post(
         "/v1/responses",
-        dependencies=[json_body, Depends(check_depth_only)],
-        responses=_responses(ResponsesResponse),
+        dependencies=[json_body, Depends(resolve_responses_depth)],
+        responses=_responses(DepthResponsesResponse),
         response_model=None,
     )
     async def create_responses(request: DepthResponsesRequest, raw_request: Request) -> Response:
+        request.resolve(raw_request.state.depth)
         return await responses_route(request, raw_request)
-
-    @router.get("/v1/depth")
-    async def show_depth(raw_request: Request) -> DepthInfo:
-        """The served model's loops, the modes it can exit in, and the server's defaults."""
-        config = loops_of(raw_request)
-        if config is None:
-            raise HTTPException(404, "the served model has no loops")
-        defaults = DepthDefaults.model_validate(config.defaults, from_attributes=True)
-        return DepthInfo(
-            model=raw_request.app.state.depth_model,
-            loops=config.loops,
-            modes=list(MODES),
-            defaults=defaults,
-        )
 
     return router
 

@@ -2,10 +2,11 @@
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, model_validator
 
-from ouro_runtime.config import DEPTH_FIELDS
 from ouro_server.depth import REQUEST_FIELDS
+from ouro_server.presets import EFFORTS
+from ouro_server.resolve import Resolved
 from ouro_server.usage import DepthUsage
 from ouro_server.vllm_api import (
     ChatCompletionRequest,
@@ -15,13 +16,15 @@ from ouro_server.vllm_api import (
     CompletionResponse,
     CompletionResponseChoice,
     ResponsesRequest,
+    ResponsesResponse,
+    ResponseUsage,
     SamplingParams,
     UsageInfo,
 )
 
 
-class DepthFields(BaseModel):
-    """A request's depth controls. The route has checked the raw values before (`depth.py`)."""
+class DepthControls(BaseModel):
+    """The four depth controls, each of which may be left out."""
 
     exit_threshold: float | None = Field(
         default=None,
@@ -29,7 +32,7 @@ class DepthFields(BaseModel):
         le=1,
         strict=True,
         description="A token leaves the loop as soon as the gate's cumulative exit probability "
-        "reaches this; 1 runs every loop. Default: the server's.",
+        "reaches this; 1 runs every loop.",
     )
     min_loops: int | None = Field(
         default=None, ge=1, strict=True, description="Least depth of a token, from 1 to T."
@@ -43,6 +46,30 @@ class DepthFields(BaseModel):
         "read-out, so later tokens see the K/V of the full model; nothing is saved.",
     )
 
+
+class DepthFields(DepthControls):
+    """A request's depth fields. The route has checked the raw values before (`depth.py`)."""
+
+    depth_preset: str | None = Field(
+        default=None,
+        description="Name of a preset, which sets depth controls. `GET /v1/depth` lists them.",
+    )
+    priority_class: str | None = Field(
+        default=None,
+        description="Name of a priority class: how far the latency controller may lower the "
+        "threshold of a request that sets no depth itself. `GET /v1/depth` lists them.",
+    )
+    _resolved: Resolved | None = PrivateAttr(default=None)
+
+    @property
+    def resolved(self) -> Resolved | None:
+        """The depth this request means; None for a model without loops."""
+        return self._resolved
+
+    def resolve(self, resolved: Resolved | None) -> None:
+        """Settle the depth this request means."""
+        self._resolved = resolved
+
     @model_validator(mode="before")
     @classmethod
     def _out_of_xargs(cls, data: Any) -> Any:
@@ -55,33 +82,40 @@ class DepthFields(BaseModel):
         return {**data, **moved, "vllm_xargs": rest or None}
 
     def to_sampling_params(self, *args: Any, **kwargs: Any) -> SamplingParams:
-        """vLLM's sampling params, the depth controls in `extra_args`."""
+        """vLLM's sampling params, all depth controls in `extra_args`."""
         params: SamplingParams = super().to_sampling_params(*args, **kwargs)  # type: ignore[misc]
-        controls = {k: getattr(self, k) for k in DEPTH_FIELDS if getattr(self, k) is not None}
-        if controls:
-            params.extra_args = {**(params.extra_args or {}), **controls}
+        if self.resolved is not None:
+            params.extra_args = {**(params.extra_args or {}), **self.resolved.controls()}
         return params
 
 
-class ReturnDepths(BaseModel):
-    """For endpoints that can return the depth of every token."""
+class ReturnFields(BaseModel):
+    """For endpoints that can say something of every token."""
 
     return_depths: bool | None = Field(
         default=None,
         strict=True,
         description="Return `choices[i].depths`, one integer per generated token.",
     )
+    return_exit_cdf: bool | None = Field(
+        default=None,
+        strict=True,
+        description="Return `choices[i].exit_cdf`, one list of numbers per generated token.",
+    )
 
 
-class DepthChatRequest(DepthFields, ReturnDepths, ChatCompletionRequest):
+class DepthChatRequest(DepthFields, ReturnFields, ChatCompletionRequest):
     """vLLM's chat completion request with depth controls."""
 
     field_names: ClassVar[set[str] | None] = None
 
 
-class DepthCompletionRequest(DepthFields, ReturnDepths, CompletionRequest):
+class DepthCompletionRequest(DepthFields, ReturnFields, CompletionRequest):
     """vLLM's completion request with depth controls."""
 
+    reasoning_effort: Literal[EFFORTS] | None = Field(  # type: ignore[valid-type]
+        default=None, description="Chooses a depth preset, as it does in a chat."
+    )
     field_names: ClassVar[set[str] | None] = None
 
 
@@ -103,6 +137,11 @@ class ChoiceDepths(BaseModel):
     depths: list[int] | None = Field(
         default=None,
         description="The loop each generated token was read out at; only with `return_depths`.",
+    )
+    exit_cdf: list[list[float]] | None = Field(
+        default=None,
+        description="Per generated token, the gate's cumulative exit probability after each loop "
+        "up to the one it was read out at; only with `return_exit_cdf`.",
     )
 
 
@@ -128,6 +167,18 @@ class DepthCompletionResponse(CompletionResponse):
     usage: DepthUsageInfo
 
 
+class DepthResponsesUsage(ResponseUsage):
+    """Token usage with depth."""
+
+    depth: DepthUsage | None = None
+
+
+class DepthResponsesResponse(ResponsesResponse):
+    """The response as it is sent (documentation; vLLM builds the object)."""
+
+    usage: DepthResponsesUsage | None = None
+
+
 class DepthDefaults(BaseModel):
     """Depth controls of a request that sets none."""
 
@@ -137,11 +188,53 @@ class DepthDefaults(BaseModel):
     exit_mode: str
 
 
+class PresetInfo(DepthControls):
+    """What a preset sets; null is left to the server's defaults."""
+
+    description: str
+
+
+class PriorityClassInfo(BaseModel):
+    """What requests of one priority class get."""
+
+    floor: float = Field(description="Lowest threshold the latency controller may choose for it.")
+    exit_threshold: float = Field(description="Threshold in force for requests that set no depth.")
+
+
+class ControllerInfo(BaseModel):
+    """The latency controller."""
+
+    active: bool = Field(default=False, description="Whether it moves the default thresholds.")
+    target_tpot_ms: float | None = Field(
+        default=None, description="The p95 time per output token it holds, in milliseconds."
+    )
+    p95_tpot_ms: float | None = Field(
+        default=None, description="What it last read; null without tokens in the last seconds."
+    )
+    pressure: float | None = Field(
+        default=None, description="How much depth is given up: 0 none, 1 down to every floor."
+    )
+
+
 class DepthInfo(BaseModel):
-    """`GET /v1/depth`: what the served model's loops are."""
+    """`GET /v1/depth`: what the served model's loops are, and what may be asked of them."""
 
     object: Literal["depth"] = "depth"
     model: str = Field(description="Name under which the model is served.")
     loops: int = Field(description="T: loops of the model, the greatest depth of a token.")
     modes: list[str] = Field(description="Values that `exit_mode` may take.")
-    defaults: DepthDefaults
+    defaults: DepthDefaults = Field(
+        description="Controls in force for a request that sets none and names no priority class."
+    )
+    presets: dict[str, PresetInfo] = Field(description="Values of `depth_preset`.")
+    reasoning_effort: dict[str, str] = Field(
+        description="Preset that each value of `reasoning_effort` chooses."
+    )
+    aliases: dict[str, str] = Field(description="Preset that each alias of the model chooses.")
+    priority_classes: dict[str, PriorityClassInfo] = Field(
+        description="Values of `priority_class`."
+    )
+    default_priority_class: str | None = Field(
+        description="Class of a request that names none; null if there are no classes."
+    )
+    controller: ControllerInfo

@@ -8,8 +8,10 @@ from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-from ouro_runtime.config import LoopConfig
 from ouro_runtime.engine.reasoning import reading_ids
+from ouro_server.depth import RETURN_FIELDS
+from ouro_server.resolve import Resolved
+from ouro_server.served import ServedDepth
 from ouro_server.stream import DepthLedger, annotating, noting
 from ouro_server.usage import DepthTally, tokens_of
 from ouro_server.vllm_api import (
@@ -17,17 +19,16 @@ from ouro_server.vllm_api import (
     CompletionResponse,
     OpenAIServingChat,
     OpenAIServingCompletion,
-    OpenAIServingResponses,
 )
 
 H = TypeVar("H")
 
 
-def adopt(handler: Any, cls: type[H], config: LoopConfig) -> H:
+def adopt(handler: Any, cls: type[H], served: ServedDepth) -> H:
     """The twin of a handler vLLM built, as `cls`, sharing its state."""
     assert issubclass(cls, type(handler)), f"{cls.__name__} does not extend {type(handler)}"
     twin = cls.__new__(cls)
-    twin.__dict__.update(handler.__dict__, depth_config=config)
+    twin.__dict__.update(handler.__dict__, depth=served)
     return twin
 
 
@@ -38,8 +39,9 @@ def read_token_ids(handler: Any) -> None:
             setattr(handler, name, reading_ids(parser))
 
 
-def describe(response: Any, outputs: Iterable[Any], return_depths: bool, loops: int) -> None:
-    """Put `depths` (if asked for) and `usage.depth` on a complete response, in place.
+def describe(response: Any, outputs: Iterable[Any], request: Any, served: ServedDepth) -> None:
+    """Put what was asked for of every token, and `usage.depth`, on a complete response, in place,
+    and count it.
 
     `outputs` are the choices' `CompletionOutput`s, in order. Those of a beam search carry no
     depths: it asks the engine for one token at a time, and its answers stay as they are.
@@ -47,37 +49,64 @@ def describe(response: Any, outputs: Iterable[Any], return_depths: bool, loops: 
     outputs = list(outputs)
     if not all(hasattr(output, "depths") for output in outputs):
         return
-    tally = DepthTally(loops)
+    tally, keys = DepthTally(served.loops), wanted_keys(request)
     for choice, output in zip(response.choices, outputs, strict=True):
         depths, loops_run = tokens_of(output)
         tally.add(depths, loops_run)
-        if return_depths:
-            choice.depths = depths
-    response.usage.depth = tally.usage()
+        for key in keys:
+            setattr(choice, key, list(getattr(output, key)))
+    response.usage.depth = tally.usage(resolved_of(request))
+    served.count(resolved_of(request), tally)
 
 
-def wants_depths(request: Any) -> bool:
-    """Whether a request asked for the depth of every token."""
-    return bool(getattr(request, "return_depths", False))
+def resolved_of(request: Any) -> Resolved | None:
+    """The depth a request was resolved to; None where it came through an endpoint without depth."""
+    return getattr(request, "resolved", None)
+
+
+def name_for(request: Any, model_name: str, served: ServedDepth) -> str:
+    """The model's name in an answer: the alias it was asked for by, else vLLM's."""
+    return request.model if request.model in served.aliases else model_name
+
+
+def wanted_keys(request: Any) -> tuple[str, ...]:
+    """What a request asked to be told of every token: keys of a choice."""
+    return tuple(key for flag, key in RETURN_FIELDS.items() if getattr(request, flag, None))
 
 
 class DepthServingChat(OpenAIServingChat):
     """Chat completions with depth."""
 
-    depth_config: LoopConfig
+    depth: ServedDepth
 
     async def chat_completion_stream_generator(
-        self, request: Any, result_generator: AsyncGenerator[Any, None], *args: Any, **kwargs: Any
+        self,
+        request: Any,
+        result_generator: AsyncGenerator[Any, None],
+        request_id: str,
+        model_name: str,
+        *args: Any,
+        **kwargs: Any,
     ) -> AsyncGenerator[str, None]:
-        ledger = DepthLedger(self.depth_config.loops)
+        ledger = DepthLedger(self.depth.loops, resolved_of(request))
+        name = name_for(request, model_name, self.depth)
         results = noting(result_generator, ledger, lambda r: ((o.index, o) for o in r.outputs))
-        events = super().chat_completion_stream_generator(request, results, *args, **kwargs)
-        async with aclosing(annotating(events, ledger, wants_depths(request))) as annotated:
+        events = super().chat_completion_stream_generator(
+            request, results, request_id, name, *args, **kwargs
+        )
+        async with aclosing(annotating(events, ledger, wanted_keys(request))) as annotated:
             async for event in annotated:
                 yield event
+        self.depth.count(ledger.resolved, ledger.total())
 
     async def chat_completion_full_generator(
-        self, request: Any, result_generator: AsyncGenerator[Any, None], *args: Any, **kwargs: Any
+        self,
+        request: Any,
+        result_generator: AsyncGenerator[Any, None],
+        request_id: str,
+        model_name: str,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         last: list[Any] = []
 
@@ -87,28 +116,32 @@ class DepthServingChat(OpenAIServingChat):
                     last[:] = [result]
                     yield result
 
+        name = name_for(request, model_name, self.depth)
         response = await super().chat_completion_full_generator(
-            request, keeping_last(), *args, **kwargs
+            request, keeping_last(), request_id, name, *args, **kwargs
         )
         if isinstance(response, ChatCompletionResponse):
-            describe(response, last[0].outputs, wants_depths(request), self.depth_config.loops)
+            describe(response, last[0].outputs, request, self.depth)
         return response
 
 
 class DepthServingCompletion(OpenAIServingCompletion):
     """Completions with depth."""
 
-    depth_config: LoopConfig
+    depth: ServedDepth
 
     async def completion_stream_generator(
         self,
         request: Any,
         engine_inputs: Any,
         result_generator: AsyncGenerator[Any, None],
+        request_id: str,
+        created_time: int,
+        model_name: str,
         *args: Any,
         **kwargs: Any,
     ) -> AsyncGenerator[str, None]:
-        ledger = DepthLedger(self.depth_config.loops)
+        ledger = DepthLedger(self.depth.loops, resolved_of(request))
         n = request.n or 1
 
         def outputs(item: tuple[int, Any]) -> Iterable[tuple[int, Any]]:
@@ -116,54 +149,34 @@ class DepthServingCompletion(OpenAIServingCompletion):
             return ((o.index + prompt * n, o) for o in result.outputs)
 
         events = super().completion_stream_generator(
-            request, engine_inputs, noting(result_generator, ledger, outputs), *args, **kwargs
+            request,
+            engine_inputs,
+            noting(result_generator, ledger, outputs),
+            request_id,
+            created_time,
+            name_for(request, model_name, self.depth),
+            *args,
+            **kwargs,
         )
-        async with aclosing(annotating(events, ledger, wants_depths(request))) as annotated:
+        async with aclosing(annotating(events, ledger, wanted_keys(request))) as annotated:
             async for event in annotated:
                 yield event
+        self.depth.count(ledger.resolved, ledger.total())
 
     def request_output_to_completion_response(
-        self, final_res_batch: list[Any], request: Any, *args: Any, **kwargs: Any
-    ) -> CompletionResponse:
-        response = super().request_output_to_completion_response(
-            final_res_batch, request, *args, **kwargs
-        )
-        outputs = [output for result in final_res_batch for output in result.outputs]
-        describe(response, outputs, wants_depths(request), self.depth_config.loops)
-        return response
-
-
-class DepthServingResponses(OpenAIServingResponses):
-    """The Responses API with `usage.depth`."""
-
-    depth_config: LoopConfig
-
-    async def _generate_with_builtin_tools(
-        self, *args: Any, context: Any, **kwargs: Any
-    ) -> AsyncGenerator[Any, None]:
-        context.depth_tally = DepthTally(self.depth_config.loops)
-        turns = super()._generate_with_builtin_tools(*args, context=context, **kwargs)
-        async with aclosing(turns):
-            async for item in turns:
-                result = getattr(item, "last_output", None)
-                for output in result.outputs if result else ():
-                    item.depth_tally.add(*tokens_of(output))
-                yield item
-
-    async def responses_full_generator(
         self,
+        final_res_batch: list[Any],
         request: Any,
-        sampling_params: Any,
-        result_generator: Any,
-        context: Any,
+        request_id: str,
+        created_time: int,
+        model_name: str,
         *args: Any,
         **kwargs: Any,
-    ) -> Any:
-        response = await super().responses_full_generator(
-            request, sampling_params, result_generator, context, *args, **kwargs
+    ) -> CompletionResponse:
+        name = name_for(request, model_name, self.depth)
+        response = super().request_output_to_completion_response(
+            final_res_batch, request, request_id, created_time, name, *args, **kwargs
         )
-        usage = getattr(response, "usage", None)
-        # vLLM's experimental contexts do not show what the engine delivered: no depth then.
-        if usage is not None and context.depth_tally.tokens == usage.output_tokens:
-            usage.depth = context.depth_tally.usage()
+        outputs = [output for result in final_res_batch for output in result.outputs]
+        describe(response, outputs, request, self.depth)
         return response

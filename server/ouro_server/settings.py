@@ -1,12 +1,14 @@
 """The command line's own part: depth options, and the environment vLLM is started in."""
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from ouro_runtime.config import DEPTH_FIELDS, MODES
+from ouro_runtime.config import DEPTH_FIELDS, MODES, DepthError
+from ouro_server.presets import SHIPPED
 
 PLUGINS = ("ouro", "ouro_depth", "ouro_metrics")
 """Our entry points in vLLM's plugin groups. `VLLM_PLUGINS` filters every group."""
@@ -70,7 +72,42 @@ def depth_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="Every token leaves at loop N at the latest, from 1 to T. Default: T.",
     )
+    group.add_argument(
+        "--presets",
+        metavar="FILE",
+        type=Path,
+        default=SHIPPED,
+        help="YAML file of presets: named depth controls, which a request chooses with\n"
+        "depth_preset, with OpenAI's reasoning_effort, or by asking for the model NAME@PRESET;\n"
+        "and of priority classes. Default: the shipped file, with the presets fast, balanced,\n"
+        "quality and full. docs/api.md describes the file; GET /v1/depth shows what is in force.",
+    )
+    group.add_argument(
+        "--target-tpot-ms",
+        "--target_tpot_ms",
+        metavar="MS",
+        help="Hold the 95th percentile of time per output token at MS milliseconds by giving up\n"
+        "depth under load: the default threshold of each priority class moves between its floor\n"
+        "(presets file) and --exit-threshold. Requests that set depth themselves are not touched.\n"
+        "Default: off.",
+    )
     return parser
+
+
+def target_tpot_ms(options: argparse.Namespace) -> float | None:
+    """The latency controller's target; None if there is to be none.
+
+    Raises:
+        DepthError: unless a number above 0.
+    """
+    text = options.target_tpot_ms
+    if text is None:
+        return None
+    value = _number(text)
+    if isinstance(value, str) or not 0 < value < math.inf:  # NaN compares false
+        name = "--target-tpot-ms"
+        raise DepthError(name, f"{name} must be a number of milliseconds above 0, got {text!r}")
+    return float(value)
 
 
 def depth_settings(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Depths on a stream: what the engine delivers is noted, what vLLM sends is annotated.
+"""Depth on a stream: what the engine delivers is noted, what vLLM sends is annotated.
 
 vLLM's stream generator pulls one engine output, then yields the server-sent events for it, or none
 while a parser holds text back. So tokens wait here until the next event of their choice, and the
@@ -6,10 +6,11 @@ event that ends a choice always takes what is left.
 """
 
 import json
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
+from ouro_server.resolve import Resolved
 from ouro_server.usage import DepthTally, tokens_of
 
 _DATA = "data: "
@@ -19,21 +20,23 @@ T = TypeVar("T")
 class DepthLedger:
     """Per choice: tokens delivered by the engine, and those already announced to the client."""
 
-    def __init__(self, loops: int) -> None:
+    def __init__(self, loops: int, resolved: Resolved | None = None) -> None:
         self.loops = loops
-        self._waiting: dict[int, list[tuple[int, int]]] = {}
+        self.resolved = resolved
+        self._waiting: dict[int, list[tuple[int, int, list[float]]]] = {}
         self._announced: dict[int, DepthTally] = {}
 
     def note(self, choice: int, output: Any) -> None:
         """The engine delivered `output` for a choice."""
-        self._waiting.setdefault(choice, []).extend(zip(*tokens_of(output), strict=True))
+        tokens = zip(*tokens_of(output), output.exit_cdf, strict=True)
+        self._waiting.setdefault(choice, []).extend(tokens)
 
-    def announce(self, choice: int) -> list[int]:
-        """The depths of a choice's tokens not announced before, in order."""
+    def announce(self, choice: int) -> dict[str, list[Any]]:
+        """What a choice may say of its tokens not announced before, in order, by key."""
         waiting = self._waiting.pop(choice, [])
-        depths = [depth for depth, _ in waiting]
-        self.tally(choice).add(depths, [run for _, run in waiting])
-        return depths
+        depths = [depth for depth, _, _ in waiting]
+        self.tally(choice).add(depths, [run for _, run, _ in waiting])
+        return {"depths": depths, "exit_cdf": [cdf for _, _, cdf in waiting]}
 
     def tally(self, choice: int) -> DepthTally:
         """What was announced of one choice."""
@@ -45,7 +48,7 @@ class DepthLedger:
         for tally in self._announced.values():
             total.merge(tally)
         for waiting in self._waiting.values():
-            total.add([depth for depth, _ in waiting], [run for _, run in waiting])
+            total.add([depth for depth, _, _ in waiting], [run for _, run, _ in waiting])
         return total
 
 
@@ -63,15 +66,15 @@ async def noting(
 
 
 async def annotating(
-    events: AsyncGenerator[str, None], ledger: DepthLedger, return_depths: bool
+    events: AsyncGenerator[str, None], ledger: DepthLedger, keys: Collection[str]
 ) -> AsyncGenerator[str, None]:
-    """vLLM's server-sent events with `depths` on the choices, if asked for, and `usage.depth`."""
+    """vLLM's server-sent events with `keys` of every token on the choices, and `usage.depth`."""
     async with aclosing(events):
         async for event in events:
-            yield annotate(event, ledger, return_depths)
+            yield annotate(event, ledger, keys)
 
 
-def annotate(event: str, ledger: DepthLedger, return_depths: bool) -> str:
+def annotate(event: str, ledger: DepthLedger, keys: Collection[str]) -> str:
     """One server-sent event; anything but a chunk with choices passes unchanged."""
     if not event.startswith(_DATA + "{"):
         return event
@@ -80,14 +83,13 @@ def annotate(event: str, ledger: DepthLedger, return_depths: bool) -> str:
         return event
     for choice in chunk["choices"]:
         if _carries_tokens(choice):
-            depths = ledger.announce(choice["index"])
-            if return_depths:
-                choice["depths"] = depths
+            said = ledger.announce(choice["index"])
+            choice |= {key: said[key] for key in keys}
     if chunk.get("usage"):
         choices = chunk["choices"]
         tally = ledger.tally(choices[0]["index"]) if choices else ledger.total()
-        chunk["usage"]["depth"] = tally.usage().model_dump()
-    elif not return_depths:
+        chunk["usage"]["depth"] = tally.usage(ledger.resolved).model_dump()
+    elif not keys:
         return event
     return f"{_DATA}{json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
 

@@ -2,9 +2,11 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
+
+from ouro_server.resolve import SOURCES, Resolved
 
 
 class DepthUsage(BaseModel):
@@ -20,6 +22,13 @@ class DepthUsage(BaseModel):
         description="Loops executed at the positions that produced the generated tokens."
     )
     loops_skipped: int = Field(description="T x generated tokens - loops_run.")
+    source: Literal[SOURCES] = Field(  # type: ignore[valid-type]
+        default="default",
+        description="The strongest source that set a depth control of this request.",
+    )
+    preset: str | None = Field(
+        default=None, description="Name of the preset that took part, if any."
+    )
 
 
 class DepthTally:
@@ -44,8 +53,8 @@ class DepthTally:
         self.by_depth.update(other.by_depth)
         self.loops_run += other.loops_run
 
-    def usage(self) -> DepthUsage:
-        """The count as clients see it."""
+    def usage(self, resolved: Resolved | None = None) -> DepthUsage:
+        """The count as clients see it; `resolved` is None for a request that could set no depth."""
         tokens = self.tokens
         weighted = sum(depth * count for depth, count in self.by_depth.items())
         return DepthUsage(
@@ -53,6 +62,8 @@ class DepthTally:
             histogram={str(d): self.by_depth[d] for d in range(1, self.loops + 1)},
             loops_run=self.loops_run,
             loops_skipped=self.loops * tokens - self.loops_run,
+            source=resolved.source if resolved else "default",
+            preset=resolved.preset if resolved else None,
         )
 
 

@@ -10,15 +10,23 @@ from typing import Any
 from vllm.outputs import CompletionOutput, RequestOutput
 
 from ouro_runtime.config import ExitParams, LoopConfig
+from ouro_server.presets import SHIPPED, PresetBook
+from ouro_server.served import ServedDepth
 
 LOOPS = 4
 CONFIG = LoopConfig(LOOPS, ExitParams(1.0, 1, LOOPS, "skip"))
+BOOK = PresetBook.load(SHIPPED, LOOPS)
+
+
+def serve(book: PresetBook = BOOK, **options: Any) -> ServedDepth:
+    """The depth of a model served as "m", with the shipped presets and defaults of its own."""
+    return ServedDepth.of(CONFIG, book, ["m"], **options)
 
 
 def output(
     depths: Sequence[int], text: str = "", index: int = 0, finish: str | None = None, **more: Any
 ) -> CompletionOutput:
-    """One choice's tokens, read out at `depths`; each ran as many loops."""
+    """One choice's tokens, read out at `depths`; each ran as many loops, CDFs 0.1, 0.2 .."""
     made = CompletionOutput(
         index=index,
         text=text,
@@ -30,6 +38,7 @@ def output(
     )
     made.depths = list(depths)
     made.loops_run = list(depths)
+    made.exit_cdf = [[0.1 * loop for loop in range(1, depth + 1)] for depth in depths]
     return made
 
 
@@ -55,7 +64,7 @@ def handler(cls: type, **attributes: Any) -> Any:
     """A serving handler that needs no engine: only what vLLM's generators read is set."""
     made = cls.__new__(cls)
     made.__dict__.update(
-        depth_config=CONFIG,
+        depth=serve(),
         parser_cls=None,
         response_role="assistant",
         enable_auto_tools=False,

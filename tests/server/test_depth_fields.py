@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 
 from ouro_runtime.config import DepthError
-from ouro_server.depth import check_request, find_controls
+from ouro_server.depth import find_controls, read_request
 from ouro_server.schemas import (
     DepthChatRequest,
     DepthCompletionRequest,
     DepthResponsesRequest,
 )
-from tests.server.fakes import CONFIG
+from tests.server.fakes import serve
+
+SERVED = serve()
 
 BAD = [
     ("exit_threshold", True),
@@ -40,6 +42,13 @@ BAD = [
     ("exit_mode", ""),
     ("return_depths", 1),
     ("return_depths", "true"),
+    ("depth_preset", "slow"),
+    ("depth_preset", 1),
+    ("depth_preset", ["fast"]),
+    ("depth_preset", ""),
+    ("priority_class", "vip"),
+    ("priority_class", {}),
+    ("priority_class", False),
 ]
 """(field, value) pairs that every endpoint refuses, at the top level and inside `vllm_xargs`."""
 
@@ -49,6 +58,8 @@ GOOD = {
     "max_loops": 3,
     "exit_mode": "exact",
     "return_depths": True,
+    "depth_preset": "fast",
+    "priority_class": "batch",
 }
 
 REQUESTS = [
@@ -63,7 +74,7 @@ REQUESTS = [
 def test_a_bad_value_is_refused_by_name(field: str, value: object, nested: bool) -> None:
     body = {"vllm_xargs": {field: value}} if nested else {field: value}
     with pytest.raises(DepthError) as refused:
-        check_request(body, CONFIG)
+        read_request(body, SERVED)
     assert refused.value.param == field
     assert field in str(refused.value)
 
@@ -71,17 +82,17 @@ def test_a_bad_value_is_refused_by_name(field: str, value: object, nested: bool)
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(("field", "value"), GOOD.items())
 def test_a_good_value_passes(field: str, value: object, nested: bool) -> None:
-    check_request({"vllm_xargs": {field: value}} if nested else {field: value}, CONFIG)
+    read_request({"vllm_xargs": {field: value}} if nested else {field: value}, SERVED)
 
 
 @pytest.mark.parametrize("value", [0, 0.0, 1, 1.0])
 def test_the_ends_of_the_threshold_are_included(value: float) -> None:
-    check_request({"exit_threshold": value}, CONFIG)
+    read_request({"exit_threshold": value}, SERVED)
 
 
 def test_null_is_unset() -> None:
-    check_request(dict.fromkeys(GOOD), CONFIG)
-    check_request({"vllm_xargs": dict.fromkeys(GOOD)}, CONFIG)
+    read_request(dict.fromkeys(GOOD), SERVED)
+    read_request({"vllm_xargs": dict.fromkeys(GOOD)}, SERVED)
 
 
 def test_min_above_max_is_refused_wherever_the_two_stand() -> None:
@@ -91,19 +102,19 @@ def test_min_above_max_is_refused_wherever_the_two_stand() -> None:
         {"vllm_xargs": {"min_loops": 3, "max_loops": 2}},
     ):
         with pytest.raises(DepthError, match=r"min_loops .* max_loops"):
-            check_request(body, CONFIG)
+            read_request(body, SERVED)
 
 
 def test_a_field_set_twice_is_refused_unless_both_agree() -> None:
-    check_request({"exit_threshold": 0.5, "vllm_xargs": {"exit_threshold": 0.5}}, CONFIG)
+    read_request({"exit_threshold": 0.5, "vllm_xargs": {"exit_threshold": 0.5}}, SERVED)
     with pytest.raises(DepthError, match=r"min_loops is 2 but vllm_xargs\.min_loops is 3"):
-        check_request({"min_loops": 2, "vllm_xargs": {"min_loops": 3}}, CONFIG)
+        read_request({"min_loops": 2, "vllm_xargs": {"min_loops": 3}}, SERVED)
     with pytest.raises(DepthError):
-        check_request({"min_loops": 1, "vllm_xargs": {"min_loops": True}}, CONFIG)
+        read_request({"min_loops": 1, "vllm_xargs": {"min_loops": True}}, SERVED)
 
 
 def test_forced_depths_are_for_xargs_only_and_checked() -> None:
-    check_request({"vllm_xargs": {"forced_depths": [1, 4]}}, CONFIG)
+    read_request({"vllm_xargs": {"forced_depths": [1, 4]}}, SERVED)
     for body in (
         {"forced_depths": [1]},
         {"vllm_xargs": {"forced_depths": []}},
@@ -112,32 +123,32 @@ def test_forced_depths_are_for_xargs_only_and_checked() -> None:
         {"vllm_xargs": {"forced_depths": "1"}},
     ):
         with pytest.raises(DepthError) as refused:
-            check_request(body, CONFIG)
+            read_request(body, SERVED)
         assert refused.value.param == "forced_depths"
 
 
 def test_beam_search_takes_no_depth() -> None:
-    check_request({"use_beam_search": True, "return_depths": False}, CONFIG)
+    read_request({"use_beam_search": True, "return_depths": False}, SERVED)
     for field, value in GOOD.items():
         with pytest.raises(DepthError, match=f"{field} .*beam"):
-            check_request({"use_beam_search": True, field: value}, CONFIG)
+            read_request({"use_beam_search": True, field: value}, SERVED)
 
 
 def test_a_model_without_loops_takes_no_depth() -> None:
-    check_request({"temperature": 1}, None)
+    read_request({"temperature": 1}, None)
     with pytest.raises(DepthError, match="no loops"):
-        check_request({"exit_threshold": 0.5}, None)
+        read_request({"exit_threshold": 0.5}, None)
 
 
 def test_a_message_is_short_whatever_was_sent() -> None:
     with pytest.raises(DepthError) as refused:
-        check_request({"exit_mode": "x" * 10**6}, CONFIG)
+        read_request({"exit_mode": "x" * 10**6}, SERVED)
     assert len(str(refused.value)) < 400
 
 
 @pytest.mark.parametrize("body", [None, [], "text", {"vllm_xargs": 3}, {"vllm_xargs": [1]}])
 def test_other_shapes_are_left_to_the_request_model(body: object) -> None:
-    check_request(body, CONFIG)
+    read_request(body, SERVED)
 
 
 def test_controls_are_found_in_both_places() -> None:
@@ -145,28 +156,66 @@ def test_controls_are_found_in_both_places() -> None:
     assert find_controls(body) == {"exit_threshold": 0.5, "max_loops": 2}
 
 
+CONTROLS = {"exit_threshold": 0.5, "min_loops": 1, "max_loops": 3, "exit_mode": "exact"}
+
+
+def extra_args(model: type, body: dict, arguments: tuple) -> dict:
+    """What the engine is handed for a body that came to `model`'s endpoint."""
+    request = model.model_validate(body)
+    request.resolve(read_request(body, SERVED))
+    return request.to_sampling_params(*arguments).extra_args
+
+
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(("model", "body", "arguments"), REQUESTS)
 def test_controls_reach_the_engine(model: type, body: dict, arguments: tuple, nested: bool) -> None:
-    controls = {k: v for k, v in GOOD.items() if k != "return_depths"}
     if nested:
-        extra = {"vllm_xargs": {**controls, "other": 7, "forced_depths": [1, 2]}}
-        expected = {**controls, "other": 7, "forced_depths": [1, 2]}
+        more = {"other": 7, "forced_depths": [1, 2]}
+        given = extra_args(model, {**body, "vllm_xargs": {**CONTROLS, **more}}, arguments)
+        expected = {**CONTROLS, **more}
     else:
-        extra, expected = controls, controls
-    params = model.model_validate({**body, **extra}).to_sampling_params(*arguments)
-    assert params.extra_args == expected
-    assert all(type(params.extra_args[k]) is type(v) for k, v in expected.items())
+        given, expected = extra_args(model, {**body, **CONTROLS}, arguments), CONTROLS
+    assert given == expected
+    assert all(type(given[k]) is type(v) for k, v in expected.items())
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("model", "body", "arguments"), REQUESTS)
+def test_a_preset_reaches_the_engine(
+    model: type, body: dict, arguments: tuple, nested: bool
+) -> None:
+    fields = {"depth_preset": "fast", "min_loops": 2}
+    more = {"vllm_xargs": fields} if nested else fields
+    assert extra_args(model, {**body, **more}, arguments) == {
+        "exit_threshold": 0.3,
+        "min_loops": 2,
+        "max_loops": 4,
+        "exit_mode": "skip",
+    }
 
 
 @pytest.mark.parametrize(("model", "body", "arguments"), REQUESTS)
-def test_a_request_without_controls_is_vllms_own(model: type, body: dict, arguments: tuple) -> None:
-    assert not model.model_validate(body).to_sampling_params(*arguments).extra_args
+def test_a_request_without_controls_is_handed_the_defaults(
+    model: type, body: dict, arguments: tuple
+) -> None:
+    assert extra_args(model, body, arguments) == {
+        "exit_threshold": 1.0,
+        "min_loops": 1,
+        "max_loops": 4,
+        "exit_mode": "skip",
+    }
+
+
+@pytest.mark.parametrize(("model", "body", "arguments"), REQUESTS)
+def test_a_model_without_loops_is_handed_nothing(model: type, body: dict, arguments: tuple) -> None:
+    request = model.model_validate(body)
+    request.resolve(read_request(body, None))
+    assert not request.to_sampling_params(*arguments).extra_args
 
 
 @pytest.mark.parametrize("model", [DepthChatRequest, DepthCompletionRequest, DepthResponsesRequest])
 def test_openapi_describes_every_field(model: type) -> None:
     properties = model.model_json_schema()["properties"]
-    fields = ["exit_threshold", "min_loops", "max_loops", "exit_mode"]
+    fields = [*CONTROLS, "depth_preset", "priority_class"]
     fields += [] if model is DepthResponsesRequest else ["return_depths"]
     assert all(properties[field]["description"] for field in fields)

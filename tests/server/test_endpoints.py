@@ -14,10 +14,11 @@ from vllm.entrypoints.generate.api_router import register_generate_api_routers
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.plugins import endpoint_plugins
 
-from ouro_runtime.config import DEPTH_FIELDS, LoopConfig
+from ouro_runtime.config import DEPTH_FIELDS
 from ouro_server.plugin import DepthEndpoints
+from ouro_server.served import ServedDepth
 from ouro_server.vllm_api import create_error_response
-from tests.server.fakes import CONFIG
+from tests.server.fakes import serve
 from tests.server.test_depth_fields import BAD
 
 BODIES = {
@@ -47,7 +48,7 @@ class Seen:
     create_chat_completion = create_completion = create_responses = take
 
 
-def build(config: LoopConfig | None, monkeypatch: pytest.MonkeyPatch) -> tuple[FastAPI, Seen]:
+def build(depth: ServedDepth | None, monkeypatch: pytest.MonkeyPatch) -> tuple[FastAPI, Seen]:
     """vLLM's app with our plugin attached the way vLLM attaches it."""
     app, seen = FastAPI(), Seen()
     app.state.args = SimpleNamespace(log_error_stack=False)
@@ -55,7 +56,7 @@ def build(config: LoopConfig | None, monkeypatch: pytest.MonkeyPatch) -> tuple[F
     monkeypatch.setattr("vllm.plugins.load_endpoint_plugins", lambda _: [DepthEndpoints()])
     endpoint_plugins.interface.attach_endpoint_plugins(app, ("generate",))
     init_exception_handler(app)
-    app.state.depth_config, app.state.depth_model = config, "m"
+    app.state.depth = depth
     for name in ("chat", "completion", "responses"):
         setattr(app.state, f"openai_serving_{name}", seen)
     return app, seen
@@ -63,7 +64,7 @@ def build(config: LoopConfig | None, monkeypatch: pytest.MonkeyPatch) -> tuple[F
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[TestClient, Seen]]:
-    app, seen = build(CONFIG, monkeypatch)
+    app, seen = build(serve(), monkeypatch)
     with TestClient(app) as client:
         yield client, seen
 
@@ -131,22 +132,6 @@ def test_malformed_requests_are_vllms_to_refuse(served: tuple[TestClient, Seen])
             422,
         )
     assert client.post("/v1/chat/completions", content="{}").status_code in (400, 415)
-
-
-def test_depth_says_what_the_model_can_do(served: tuple[TestClient, Seen]) -> None:
-    client, _ = served
-    assert client.get("/v1/depth").json() == {
-        "object": "depth",
-        "model": "m",
-        "loops": 4,
-        "modes": ["skip", "exact"],
-        "defaults": {
-            "exit_threshold": 1.0,
-            "min_loops": 1,
-            "max_loops": 4,
-            "exit_mode": "skip",
-        },
-    }
 
 
 def test_openapi_shows_the_depth_fields_once_per_route(served: tuple[TestClient, Seen]) -> None:

@@ -1,0 +1,55 @@
+"""Depth of the served model: one object on the app's state, for routes and handlers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ouro_runtime.config import LoopConfig
+from ouro_server.defaults import Defaults
+from ouro_server.metrics import ServerMetrics
+from ouro_server.presets import PresetBook
+from ouro_server.resolve import Resolved
+from ouro_server.steering import Steering
+from ouro_server.usage import DepthTally
+
+
+@dataclass(frozen=True)
+class ServedDepth:
+    """Depth of one served model.
+
+    Attributes:
+        model: the name it is served under.
+        loops: T.
+        book: presets, efforts and priority classes.
+        defaults: the controls in force for requests that set none.
+        aliases: MODEL@PRESET -> preset.
+        fixed: why the defaults must not be changed over HTTP; None if they may.
+        metrics: where finished generations are counted, if anywhere.
+        steering: the latency controller, if there is one.
+    """
+
+    model: str
+    loops: int
+    book: PresetBook
+    defaults: Defaults
+    aliases: Mapping[str, str]
+    fixed: tuple[int, str] | None = None
+    metrics: ServerMetrics | None = None
+    steering: Steering | None = None
+
+    def count(self, resolved: Resolved | None, tally: DepthTally) -> None:
+        """Count a finished generation; `resolved` is None for one that could set no depth."""
+        if self.metrics is not None:
+            source, preset = (resolved.source, resolved.preset) if resolved else ("default", None)
+            self.metrics.count(source, preset, tally.by_depth)
+
+    @classmethod
+    def of(
+        cls,
+        config: LoopConfig,
+        book: PresetBook,
+        names: Sequence[str],
+        fixed: tuple[int, str] | None = None,
+    ) -> "ServedDepth":
+        """Of a model that is served under `names`, the first of which answers carry."""
+        defaults = Defaults(config.defaults, config.loops)
+        return cls(names[0], config.loops, book, defaults, book.aliases(names), fixed)
