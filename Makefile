@@ -45,8 +45,9 @@ bench: install-dev ## measure against a model that always runs every loop; write
 quality: install-dev ## measure answers against loops on the shipped checkpoint
 	$(BIN)/python -m benchmarks.quality $(ARGS)
 
-train-mini: install-dev ## train the shipped checkpoint again
-	$(BIN)/python -m ouro_runtime.training $(ARGS)
+train-mini: install-dev ## train the shipped checkpoint again, in two legs; ARGS=--resume goes on after a kill
+	$(BIN)/python -m ouro_runtime.training --out runs/first $(ARGS)
+	$(BIN)/python -m ouro_runtime.training --out runs/ouro-mini --init runs/first/export --steps 6000 $(ARGS)
 
 gpu-test: install-dev ## the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu tests $(ARGS)

@@ -18,7 +18,7 @@ from operator import eq
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engines import ROOT, Engine, machine, worker_cores
+from benchmarks.engines import ROOT, Engine, has_bfloat16, machine, worker_cores
 from benchmarks.random_checkpoint import PRESETS, write_checkpoint
 from benchmarks.report import print_batches, print_checks, print_extras, print_profile
 from benchmarks.workload import agreement, bound, depth_lists, fit_line, prompts
@@ -28,15 +28,18 @@ GOLDEN = ROOT / "tests" / "golden" / "t4-mha"
 RESULTS = ROOT / "benchmarks" / "results"
 MEANS = (4.0, 2.5, 1.5)
 FULL = {"exit_threshold": 1.0}
-PROMPT = 32
+PROMPT = 8
+PREFILL = 64
 LOOPS = 4
+FIXED = (1, 2, LOOPS)
+"""Depths that F0 and F1 are fitted to."""
 
 Rates = dict[str, list[float]]
 
 
 def tokens_for(batch: int) -> int:
-    """Tokens per request after the first: fewer in a large batch, whose steps are long."""
-    return 32 if batch <= 8 else 16
+    """Tokens per request after the first: more where a step is short."""
+    return 32 if batch == 1 else 16
 
 
 def forced(mean: float, tokens: int, batch: int, mode: str = "skip") -> list[dict[str, Any]]:
@@ -71,7 +74,7 @@ def check_golden(cores: list[int]) -> dict[str, Any]:
 
 def check_agreement(baseline: Engine, ours: Engine, vocab: int) -> dict[str, Any]:
     """Greedy tokens at full depth on the measured checkpoint, in its own precision."""
-    asked = {"prompts": prompts(8, PROMPT, vocab, seed=99), "tokens": 24, "extra": [FULL] * 8}
+    asked = {"prompts": prompts(8, PROMPT, vocab, seed=99), "tokens": 12, "extra": [FULL] * 8}
     left, right = (engine.ask("generate", **asked)["tokens"] for engine in (baseline, ours))
     return {"agreement": agreement(left, right), "equal": sum(map(eq, left, right))}
 
@@ -83,7 +86,7 @@ def measure_batch(
     tokens = tokens_for(batch)
     asked = {"prompts": prompts(batch, length, vocab, seed=batch), "tokens": tokens + 1}
     settings = {f"{mean:g}": forced(mean, tokens, batch) for mean in MEANS}
-    settings |= {f"fixed {d}": [{"max_loops": d, **FULL}] * batch for d in range(1, LOOPS)}
+    settings |= {f"fixed {d}": [{"max_loops": d, **FULL}] * batch for d in FIXED[:-1]}
     if batch == 1:
         settings["exact 2"] = forced(2.0, tokens, batch, "exact")
     rates: Rates = {"baseline": [], **{name: [] for name in settings}}
@@ -110,7 +113,7 @@ def measure_batch(
 def summarise(rates: Rates, batch: int) -> dict[str, Any]:
     """Medians, ratios of the same round, and the bounds."""
     median = {name: statistics.median(values) for name, values in rates.items()}
-    fixed_depths = {d: batch / median[f"fixed {d}"] for d in range(1, LOOPS)}
+    fixed_depths = {d: batch / median[f"fixed {d}"] for d in FIXED[:-1]}
     fixed_depths[LOOPS] = batch / median[f"{LOOPS}"]
     f0, f1 = fit_line(fixed_depths)
 
@@ -175,25 +178,35 @@ def measure_neighbours(ours: Engine, vocab: int, rounds: int, batch: int = 8) ->
     return {"batch": batch, "neighbours_mean_depth": 1.5, "slowdown": statistics.median(ratios)}
 
 
-def make_model(name: str, folder: Path) -> tuple[Path, str]:
-    """The folder and dtype of what `--model` names; writes the random mid-size checkpoint."""
+def make_model(name: str, folder: Path) -> Path:
+    """The folder of what `--model` names; writes the random mid-size checkpoint."""
     if name == "mini":
-        return MINI, "auto"
+        return MINI
     if name in PRESETS:
         tokenizer = MINI if MINI.exists() else None
-        return write_checkpoint(folder / name, **PRESETS[name], tokenizer=tokenizer), "bfloat16"
-    return Path(name), "auto"
+        return write_checkpoint(folder / name, **PRESETS[name], tokenizer=tokenizer)
+    return Path(name)
+
+
+def choose_dtype(asked: str, model: Path) -> str:
+    """`asked`, or for `auto` what the checkpoint is stored in; float32 where the processor has no
+    bfloat16 arithmetic, whose emulation costs the same for every row and hides what a batch is."""
+    stored = json.loads((model / "config.json").read_text())["torch_dtype"]
+    if asked != "auto":
+        return asked
+    return stored if stored == "float32" or has_bfloat16() else "float32"
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="mid", help="mid, mini, another preset or a folder")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 32])
     parser.add_argument("--threads", type=int, help="of each engine (default: all cores but one)")
     parser.add_argument("--eager", action="store_true", help="without compilation, both engines")
     parser.add_argument(
-        "--prefill", action="store_true", help="count prefill, of 256-token prompts"
+        "--prefill", action="store_true", help=f"count prefill, of {PREFILL}-token prompts"
     )
     parser.add_argument("--http", action="store_true", help="also with the HTTP server in front")
     parser.add_argument("--only-http", action="store_true", help="nothing but the HTTP run")
@@ -205,7 +218,7 @@ def measure(options: argparse.Namespace, model: Path, dtype: str) -> dict[str, A
     """Everything but HTTP."""
     vocab = json.loads((model / "config.json").read_text())["vocab_size"]
     cores = worker_cores(options.threads)
-    field, length = ("overall", 256) if options.prefill else ("rate", PROMPT)
+    field, length = ("overall", PREFILL) if options.prefill else ("rate", PROMPT)
     result: dict[str, Any] = {"golden_float32": check_golden(cores)}
     budget = str(max(options.batches) * length + 64)
     extra: tuple[str, ...] = (
@@ -248,12 +261,13 @@ def measure(options: argparse.Namespace, model: Path, dtype: str) -> dict[str, A
 def main() -> None:
     options = parse()
     with tempfile.TemporaryDirectory() as scratch:
-        model, dtype = make_model(options.model, Path(scratch))
+        model = make_model(options.model, Path(scratch))
+        dtype = choose_dtype(options.dtype, model)
         result: dict[str, Any] = {
             "model": options.model,
             "dtype": dtype,
             "rounds": options.rounds,
-            "prompt_tokens": 256 if options.prefill else PROMPT,
+            "prompt_tokens": PREFILL if options.prefill else PROMPT,
             "counts_prefill": options.prefill,
         }
         if not options.only_http:

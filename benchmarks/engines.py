@@ -41,6 +41,12 @@ def worker_cores(threads: int | None = None) -> list[int]:
     return allowed[-count:]
 
 
+def has_bfloat16() -> bool:
+    """Whether the processor computes in bfloat16, rather than emulating it."""
+    words = set(Path("/proc/cpuinfo").read_text().split())
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & words)
+
+
 class Engine:
     """A worker process; `ask` sends a command and waits for the answer.
 

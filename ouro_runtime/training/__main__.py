@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -9,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from tokenizers import Tokenizer
 
-from ouro_runtime.training.recipe import Recipe, corpus
+from ouro_runtime.training.recipe import CONTINUED, Recipe, corpus
 from ouro_runtime.training.stage1 import Budget, Stage1
 from ouro_runtime.training.tokenizer import train_tokenizer
 
@@ -25,6 +26,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--steps", type=int, help="steps of stage 1, instead of --minutes")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    p.add_argument("--init", type=Path, help="start from this checkpoint: the second leg")
     p.add_argument("--resume", action="store_true", help="go on from the last save in --out")
     p.add_argument("--new-tokenizer", action="store_true", help="train one, not the shipped one")
     p.add_argument("--no-compile", action="store_true", help="do not use torch.compile")
@@ -41,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    recipe = Recipe(seed=args.seed)
+    recipe = replace(CONTINUED if args.init else Recipe(), seed=args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     save = args.out / "stage1.pt"
     if args.stage in ("1", "all"):
@@ -53,6 +55,8 @@ def main(argv: list[str] | None = None) -> None:
         trainer = Stage1(recipe, tok, device)
         if args.resume and save.exists():
             trainer.load(save)
+        elif args.init:
+            trainer.begin_from(args.init)
         if not args.no_compile:
             trainer.model.compile()
         trainer.run(Budget(args.steps, args.minutes), save)

@@ -87,6 +87,18 @@ class Batch:
     target: Tensor
     spans: list[tuple[str, int, int, int]]
 
+    def thresholds(self, rng: random.Random, full: float) -> Tensor:
+        """[B, S] float: a drawn threshold per row for positions whose input token was generated,
+        which may leave the loop early; 1 elsewhere, and in a share `full` of the rows everywhere.
+        """
+        rows, length = self.ids.shape
+        drawn = torch.tensor([1.0 if rng.random() < full else rng.random() for _ in range(rows)])
+        generated = torch.zeros(rows * length, dtype=torch.bool)
+        generated[self.pick] = True
+        # An answer's first token comes from the last position of its prompt, which runs every loop.
+        generated[self.pick[[start for _, _, start, _ in self.spans]]] = False
+        return torch.where(generated.view(rows, length), drawn[:, None], 1.0)
+
     def to(self, device: torch.device) -> "Batch":
         ids, bias, pick, target = (
             x.to(device) for x in (self.ids, self.bias, self.pick, self.target)

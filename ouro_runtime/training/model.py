@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+KV = tuple[Tensor, Tensor]
+"""K and V [B, heads, S, head_dim] of one layer in one loop."""
+
 
 @dataclass(frozen=True)
 class LoopLMConfig:
@@ -86,8 +89,22 @@ class Attention(nn.Module):
         out = (scores.softmax(-1) @ v).transpose(1, 2)
         return self.o_proj(out.reshape(*out.shape[:2], -1))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
-        return self.mix(*self.qkv(x, cos, sin), bias)
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        bias: Tensor,
+        held: KV | None = None,
+        left: Tensor | None = None,
+    ) -> tuple[Tensor, KV]:
+        """The output, and the K and V that were read: where `left` [B, S] those of the loop before,
+        `held`, stand in for this loop's."""
+        q, k, v = self.qkv(x, cos, sin)
+        if held is not None and left is not None:
+            gone = left[:, None, :, None]
+            k, v = torch.where(gone, held[0], k), torch.where(gone, held[1], v)
+        return self.mix(q, k, v, bias), (k, v)
 
 
 class MLP(nn.Module):
@@ -115,9 +132,17 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(size, eps)
         self.post_attention_layernorm_2 = RMSNorm(size, eps, 0.5)
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
-        out = self.self_attn(self.input_layernorm(h), cos, sin, bias)
-        return self.after_attention(h, out)
+    def forward(
+        self,
+        h: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        bias: Tensor,
+        held: KV | None = None,
+        left: Tensor | None = None,
+    ) -> tuple[Tensor, KV]:
+        out, read = self.self_attn(self.input_layernorm(h), cos, sin, bias, held, left)
+        return self.after_attention(h, out), read
 
     def after_attention(self, h: Tensor, out: Tensor) -> Tensor:
         """The rest of the layer, given attention's output."""
@@ -133,11 +158,22 @@ class Body(nn.Module):
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.early_exit_gate = nn.Linear(cfg.hidden_size, 1)
 
-    def loop(self, h: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
-        """One application of all layers and the final norm to `h` [B, S, D]."""
-        for layer in self.layers:
-            h = layer(h, cos, sin, bias)
-        return self.norm(h)
+    def loop(
+        self,
+        h: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        bias: Tensor,
+        held: list[KV] | None = None,
+        left: Tensor | None = None,
+    ) -> tuple[Tensor, list[KV]]:
+        """One application of all layers and the final norm to `h` [B, S, D], and the K/V read per
+        layer. At positions `left` [B, S] bool the K/V `held` from the loop before stand in."""
+        read = []
+        for i, layer in enumerate(self.layers):
+            h, kv = layer(h, cos, sin, bias, None if held is None else held[i], left)
+            read.append(kv)
+        return self.norm(h), read
 
 
 class LoopLM(nn.Module):
@@ -164,12 +200,22 @@ class LoopLM(nn.Module):
         """Compile one loop: all loops share it, so it is compiled once, not `loops` times."""
         self.loop_fn = torch.compile(self.model.loop, dynamic=False, **kwargs)
 
-    def forward(self, ids: Tensor, bias: Tensor, pick: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        bias: Tensor,
+        pick: Tensor | None = None,
+        threshold: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states of every loop.
 
         ids [B, S] int64; bias [B or 1, 1, S, S] float, 0 where attention is allowed and -inf (or
         very negative) elsewhere; pick [N] int64 indexes into the B*S positions. Returns H, float,
         [loops, N, D] with pick, else [loops, B, S, D].
+
+        With threshold [B, S] float a position whose CDF reaches its threshold leaves, as in mode
+        `skip` (docs/engine.md): in deeper loops the others read the K/V of the
+        loop it left at. 1 and more never leave.
         """
         s = ids.shape[1]
         cos, sin = rope_tables(
@@ -177,9 +223,15 @@ class LoopLM(nn.Module):
         )
         h = self.model.embed_tokens(ids)
         states = []
+        held = left = None
+        survival = 1.0
         for _ in range(self.cfg.loops):
-            h = self.loop_fn(h, cos, sin, bias)
+            h, read = self.loop_fn(h, cos, sin, bias, held, left)
             states.append(h if pick is None else h.flatten(0, 1)[pick])
+            if threshold is not None:
+                stay = 1 - torch.sigmoid(self.gate(h.detach()).detach().float())
+                survival = survival * stay
+                held, left = read, (1 - survival >= threshold) & (threshold < 1)
         return torch.stack(states)
 
     def gate(self, states: Tensor) -> Tensor:

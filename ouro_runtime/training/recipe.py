@@ -33,6 +33,11 @@ class Recipe:
     beta_start: float = 0.3
     """Entropy weight at the start: high, so that every loop is trained; it falls to `beta_end`."""
     beta_end: float = 0.1
+    skip_from: float = 1.0
+    """Share of the run after which answers are trained with the stand-in K/V that mode `skip`
+    serves them with, at a random threshold per row."""
+    skip_full: float = 0.25
+    """Share of the rows that keep true K/V even then."""
     corpus_problems: int = 6000
     stage2_tokens: int = 60_000
     stage2_steps: int = 1500
@@ -50,6 +55,13 @@ class Recipe:
     def beta(self, progress: float) -> float:
         """Entropy weight: linear over the first half of the run, then constant."""
         return self.beta_end + (self.beta_start - self.beta_end) * max(0.0, 1 - 2 * progress)
+
+
+CONTINUED = Recipe(
+    muon_lr=0.005, adam_lr=1.5e-3, decay_share=0.8, beta_start=0.05, beta_end=0.05, skip_from=0.3
+)
+"""The second leg: from the first leg's weights, every family at its hardest level from the start,
+half the learning rate, the paper's later entropy weight, and in the end stand-in K/V."""
 
 
 def corpus(recipe: Recipe) -> Iterator[str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ouro_runtime.training.data import Batch, ChatSource, Curriculum
+from ouro_runtime.training.export import load
 from ouro_runtime.training.model import LoopLM, LoopLMConfig
 from ouro_runtime.training.objectives import exit_log_probs, stage1_loss
 from ouro_runtime.training.optim import optimizers
@@ -43,12 +44,9 @@ class Report:
     entries: dict[str, Any] = field(default_factory=dict)
 
 
-def token_losses(
-    model: LoopLM, batch: Batch, states: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses [T, N], gate logits [T, N], whether loop T's argmax is right [N]) of the answers;
-    `states` [T, N, D] are the model's own unless given."""
-    states = model(batch.ids, batch.bias, batch.pick) if states is None else states
+def token_losses(model: LoopLM, batch: Batch, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses [T, N], gate logits [T, N], whether loop T's argmax is right [N]) of the answers,
+    whose states [T, N, D] the model gave."""
     logits = model.lm_head(states)
     loops, count, vocab = logits.shape
     target = batch.target.expand(loops, count)
@@ -109,16 +107,28 @@ class Stage1:
         self.curriculum.load(state["curriculum"])
         self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
 
+    def begin_from(self, folder: Path) -> None:
+        """Start from an exported checkpoint's weights, with every family at its hardest level."""
+        model, _ = load(folder)
+        if model.cfg != self.model.cfg:
+            raise ValueError(f"--init: {folder} has other shapes than the recipe's")
+        self.model.load_state_dict(model.state_dict())
+        self.curriculum.levels = dict(self.curriculum.tops)
+
     def train_step(self, progress: float) -> None:
         recipe = self.recipe
         # A generator per step: the data of step n depends on n and the curriculum, not on history.
         rng = random.Random(f"stage1 {recipe.seed} {self.step}")
-        batch = self.source.batch(rng, recipe.rows, recipe.length).to(self.device)
+        batch = self.source.batch(rng, recipe.rows, recipe.length)
+        skip = progress >= recipe.skip_from
+        threshold = batch.thresholds(rng, recipe.skip_full).to(self.device) if skip else None
+        batch = batch.to(self.device)
         scale = recipe.lr_scale(self.step, progress)
         for opt in self.opts:
             for group in opt.param_groups:
                 group["lr"] = group["base_lr"] * scale
-        losses, gate, right = token_losses(self.model, batch)
+        states = self.model(batch.ids, batch.bias, batch.pick, threshold)
+        losses, gate, right = token_losses(self.model, batch, states)
         stage1_loss(losses, gate, recipe.beta(progress)).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         for opt in self.opts:

@@ -42,8 +42,11 @@ def cache_states(
     hidden, losses, count, n = [], [], 0, 0
     while count < recipe.stage2_tokens:
         rng = random.Random(f"stage2 {recipe.seed} {n}")
-        batch = source.batch(rng, recipe.rows, recipe.length).to(device)
-        states = model(batch.ids, batch.bias, batch.pick)
+        batch = source.batch(rng, recipe.rows, recipe.length)
+        skip = recipe.skip_from < 1
+        threshold = batch.thresholds(rng, recipe.skip_full).to(device) if skip else None
+        batch = batch.to(device)
+        states = model(batch.ids, batch.bias, batch.pick, threshold)
         loss, _, _ = token_losses(model, batch, states)
         hidden.append(states.float())
         losses.append(loss)

@@ -63,9 +63,14 @@ def test_seed_decides_the_weights(recipe: Recipe, tok: Tokenizer) -> None:
 def test_training_lowers_the_loss_of_every_loop(recipe: Recipe, tok: Tokenizer) -> None:
     trainer = Stage1(recipe, tok, CPU)
     batch = trainer.source.batch(random.Random("fixed"), 4, 128)
-    before = token_losses(trainer.model, batch)[0].mean(1)
+
+    def losses() -> torch.Tensor:
+        states = trainer.model(batch.ids, batch.bias, batch.pick)
+        return token_losses(trainer.model, batch, states)[0].mean(1)
+
+    before = losses()
     trainer.run(Budget(steps=60), None)
-    after = token_losses(trainer.model, batch)[0].mean(1)
+    after = losses()
     assert (after < 0.6 * before).all(), (before, after)
 
 
@@ -120,3 +125,15 @@ def test_targets_are_the_answers(tok: Tokenizer) -> None:
     for _, _, start, end in batch.spans:
         assert batch.target[end - 1] == 2, "an answer ends with <|im_end|>"
         assert not (batch.target[start : end - 1] == 2).any()
+
+
+def test_thresholds_are_drawn_for_generated_positions_alone(tok: Tokenizer) -> None:
+    batch = ChatSource(tok, Curriculum()).batch(random.Random(3), 4, 128)
+    drawn = batch.thresholds(random.Random(4), full=0.0).flatten()
+    generated = torch.zeros(4 * 128, dtype=torch.bool)
+    for _, _, start, end in batch.spans:
+        assert drawn[batch.pick[start]] == 1, "the last prompt position runs every loop"
+        generated[batch.pick[start + 1 : end]] = True
+    assert generated.any()
+    assert (drawn[generated] < 1).all() and (drawn[~generated] == 1).all()
+    assert (batch.thresholds(random.Random(4), full=1.0) == 1).all()

@@ -136,3 +136,24 @@ def test_released_code_agrees(mode: str) -> None:
             assert depths[i] == want["depths"], (q, i)
             compared += 1
     assert compared >= 3
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8])
+def test_training_with_stand_ins_sees_what_mode_skip_serves(
+    model: LoopLM, prompts: list[list[int]], threshold: float
+) -> None:
+    """In one parallel forward: the tokens and depths of token-by-token decoding in `skip`."""
+    tokens, depths = Reference(model).generate(prompts, Controls(threshold), 12)
+    assert len({d for row in depths for d in row}) > 1, "all at one depth: nothing is tested"
+    for prompt, made, depth in zip(prompts, tokens, depths, strict=True):
+        ids = torch.tensor([prompt + made[:-1]])
+        bias = torch.full((ids.shape[1],) * 2, -1e9).triu(1)[None, None]
+        leaves = torch.ones(ids.shape)
+        leaves[:, len(prompt) :] = threshold
+        pick = torch.arange(len(prompt) - 1, ids.shape[1])
+        with torch.no_grad():
+            states = model(ids, bias, pick, leaves)
+            exits = exit_depths(torch.sigmoid(model.gate(states)), Controls(threshold))
+            picked = states[exits - 1, torch.arange(len(pick))]
+        assert exits.tolist() == depth
+        assert model.lm_head(picked).argmax(-1).tolist() == made
