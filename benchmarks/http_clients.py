@@ -31,8 +31,8 @@ MEANS = (4.0, 2.5)
 
 
 @contextmanager
-def server(model: Path, dtype: str) -> Iterator[tuple[str, int]]:
-    """`ouro-serve` on a free port: its address and process group."""
+def server(model: Path, dtype: str, *options: str) -> Iterator[tuple[str, int]]:
+    """`ouro-serve` on a free port: its address and process group. `options` come last and win."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -42,6 +42,7 @@ def server(model: Path, dtype: str) -> Iterator[tuple[str, int]]:
         *("--host", "127.0.0.1", "--dtype", dtype, "--max-model-len", "512"),
         *("--max-num-seqs", str(CLIENTS), "--max-num-batched-tokens", "4096"),
         *("--no-enable-prefix-caching", "--disable-uvicorn-access-log"),
+        *options,
     ]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
