@@ -116,8 +116,9 @@ def _norms(shape: Shape) -> Iterator[Case]:
 
 
 def _exit_gate(shape: Shape) -> Iterator[Case]:
-    def make(device, masks=False):
+    def make(device, options=False):
         flags = {name: _vector(shape, device, 1, torch.bool) for name in ("run_all", "active")}
+        flags["history"] = torch.ones(shape.rows, shape.loops, device=device)
         return {
             "h": _randn(shape, device, shape.rows, shape.hidden),
             "weight": _randn(shape, device, shape.hidden) / shape.hidden**0.5,
@@ -129,7 +130,7 @@ def _exit_gate(shape: Shape) -> Iterator[Case]:
             "min_loops": _vector(shape, device, 2, torch.int32),
             "max_loops": _vector(shape, device, shape.loops, torch.int32),
             "total_loops": shape.loops,
-        } | (flags if masks else {})
+        } | (flags if options else {})
 
     state = (shape.rows + 1) * shape.hidden * shape.dtype.itemsize
     moved = state + shape.rows * (8 + 8 + 4 + 4 + 8 + 2)
@@ -137,10 +138,10 @@ def _exit_gate(shape: Shape) -> Iterator[Case]:
     yield Case(
         "exit_gate",
         "exit_gate",
-        "masks",
+        "options",
         shape,
-        moved + 2 * shape.rows,
-        lambda device: make(device, masks=True),
+        moved + 6 * shape.rows,
+        lambda device: make(device, options=True),
     )
 
 

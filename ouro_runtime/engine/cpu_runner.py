@@ -194,6 +194,7 @@ class OuroCPUModelRunner(CPUModelRunner):
             output.ouro = StepOutput(
                 dict(zip(output.req_ids, result.depths, strict=True)),
                 dict(zip(output.req_ids, result.loops_run, strict=True)),
+                dict(zip(output.req_ids, result.exit_cdf, strict=True)),
                 report,
             )
             del self._result

@@ -21,7 +21,7 @@ class LaneBuffers:
     """Device state of the lanes of a step; the first R entries are in use.
 
     Args:
-        rows: most rows of a pass. lanes: most lanes. slots: request slots.
+        rows: most rows of a pass. lanes: most lanes. slots: request slots. loops: T.
         hidden: H. dtype: of hidden states.
     """
 
@@ -30,6 +30,7 @@ class LaneBuffers:
         rows: int,
         lanes: int,
         slots: int,
+        loops: int,
         hidden: int,
         dtype: torch.dtype,
         device: torch.device | str,
@@ -40,7 +41,7 @@ class LaneBuffers:
         def longs(size: int) -> torch.Tensor:
             return torch.zeros(size, dtype=torch.int64, device=device)
 
-        def floats(size: int) -> torch.Tensor:
+        def floats(*size: int) -> torch.Tensor:
             return torch.zeros(size, dtype=torch.float32, device=device)
 
         def flags(size: int) -> torch.Tensor:
@@ -57,10 +58,12 @@ class LaneBuffers:
         self.seq_lens, self.fill_copies = ints(lanes), ints(lanes)
         self.survival, self.threshold = floats(lanes), floats(lanes)
         self.active, self.run_all, self.finished = (flags(lanes) for _ in range(3))
+        self.history = floats(lanes, loops)  # survival after each loop of the token at hand
         self.exit_mask, self.read_mask = flags(lanes), flags(lanes)
         # Carried from step to step, by request slot.
         self.carried_hidden = torch.zeros(slots, hidden, dtype=dtype, device=device)
         self.carried_loop, self.carried_survival = ints(slots), floats(slots)
+        self.carried_history = floats(slots, loops)
         self.numbers = torch.arange(lanes, dtype=torch.int64, device=device)
 
     @property
@@ -127,6 +130,8 @@ class StepRecord:
         tokens: [R, T] int64, the tokens of each request in order; entries past `count` are 0.
         depths: [R, T] int32, the loop each was read out at. count: [R] int32.
         start, end: [R] int32, loops each lane had done before and after the step.
+        history: [R, T, T] float32, entry [r, p, n]: S(n + 1) of lane r's token, as of pass p; means
+            something up to the loop of that pass, and where somebody was read out after it.
     """
 
     tokens: torch.Tensor
@@ -134,6 +139,7 @@ class StepRecord:
     count: torch.Tensor
     start: torch.Tensor
     end: torch.Tensor
+    history: torch.Tensor
 
     @classmethod
     def empty(cls, lanes: int, loops: int, device: torch.device) -> StepRecord:
@@ -141,7 +147,8 @@ class StepRecord:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         tokens = torch.zeros(lanes, loops, dtype=torch.int64, device=device)
-        return cls(tokens, ints(lanes, loops), ints(lanes), ints(lanes), ints(lanes))
+        history = torch.ones(lanes, loops, loops, dtype=torch.float32, device=device)
+        return cls(tokens, ints(lanes, loops), ints(lanes), ints(lanes), ints(lanes), history)
 
     def add(
         self, lanes: torch.Tensor, read: torch.Tensor, tokens: torch.Tensor, depths: torch.Tensor
@@ -155,5 +162,7 @@ class StepRecord:
         return place
 
     def packed(self) -> torch.Tensor:
-        """[R, T + 2] int32: depths, start, end; what the host's bookkeeping needs beside tokens."""
-        return torch.cat([self.depths, self.start[:, None], self.end[:, None]], dim=1)
+        """[R, T + 2 + T * T] int32: depths, start, end, and the bits of `history`; what the host's
+        bookkeeping needs beside tokens."""
+        history = self.history.flatten(1).view(torch.int32)
+        return torch.cat([self.depths, self.start[:, None], self.end[:, None], history], dim=1)

@@ -22,9 +22,9 @@ class StepBill:
 
     Attributes:
         req_ids: [R]. epochs: [R], which admission of each request this is.
-        packed: [R, T + 2] int32, see `StepRecord.packed`.
+        packed: what `StepRecord.packed` made.
         runs_all: [R] bool, the lane's positions run all T loops.
-        decoding: [R] bool. rows: rows of a pass.
+        decoding: [R] bool. rows: rows of a pass. loops: T.
     """
 
     req_ids: list[str]
@@ -33,6 +33,7 @@ class StepBill:
     runs_all: np.ndarray
     decoding: np.ndarray
     rows: int
+    loops: int
 
     def settle(self, packed: np.ndarray, count: np.ndarray) -> StepOutput:
         """The step's depths.
@@ -40,7 +41,7 @@ class StepBill:
         Args:
             packed: the host's copy. count: [R], tokens of each request.
         """
-        loops = packed.shape[1] - 2
+        loops = self.loops
         depths, start, end = packed[:, :loops], packed[:, loops], packed[:, loops + 1]
         ran = np.where(self.runs_all[:, None], loops, depths)
         taken = np.arange(loops) < count[:, None]
@@ -54,10 +55,13 @@ class StepBill:
             ]
         )
         cells += self.rows - int(lanes.sum())
+        history = packed[:, loops + 2 :].view(np.float32).reshape(-1, loops, loops)
+        cdf = exit_cdf(history, depths, start)
         amounts = count.tolist()
         return StepOutput(
             {r: depths[i, : amounts[i]].tolist() for i, r in enumerate(self.req_ids)},
             {r: ran[i, : amounts[i]].tolist() for i, r in enumerate(self.req_ids)},
+            {r: cdf[i, : amounts[i]].tolist() for i, r in enumerate(self.req_ids)},
             StepReport(
                 pass_rows=[self.rows] * loops,
                 rows_by_loop=cells.tolist(),
@@ -66,6 +70,21 @@ class StepBill:
                 seconds=dict.fromkeys(PARTS, 0.0),
             ),
         )
+
+
+def exit_cdf(history: np.ndarray, depths: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """[R, T, T] float32: per lane and token, CDF(1)..CDF(depth) of the gate, then zeros.
+
+    Args:
+        history: [R, T, T], depths: [R, T], start: [R]; see `StepRecord`.
+    """
+    loops = depths.shape[1]
+    # A lane never idles before its last token: token k left after the pass that ends its depth.
+    passes = np.cumsum(depths, axis=1) - start[:, None] - 1
+    lanes = np.arange(len(depths))[:, None]
+    cdf = 1.0 - history[lanes, passes.clip(0, loops - 1)]
+    cdf[:, :, -1] = 1.0
+    return np.where(np.arange(loops) < depths[:, :, None], cdf, 0.0)
 
 
 class LaneOutput(AsyncModelRunnerOutput):
@@ -84,6 +103,7 @@ class LaneOutput(AsyncModelRunnerOutput):
         copy_stream: torch.cuda.Stream,
     ) -> None:
         self._inner, self._bill, self._note = inner, bill, note
+        self._settled: StepOutput | None = None
         # The device tensor stays referenced until its copy is done: it is made on another stream.
         self._event = torch.cuda.Event(blocking=True)
         with stream(copy_stream, main_stream):
@@ -92,9 +112,12 @@ class LaneOutput(AsyncModelRunnerOutput):
             self._event.record(copy_stream)
 
     def get_output(self) -> Any:
+        """vLLM's output, once it is there. However often it is asked, depths are noted once."""
         output = self._inner.get_output()
-        self._event.synchronize()
-        count = np.array([len(tokens) for tokens in output.sampled_token_ids], np.int64)
-        output.ouro = self._bill.settle(self._packed, count)
-        self._note(self._bill, output.ouro)
+        if self._settled is None:
+            self._event.synchronize()
+            count = np.array([len(tokens) for tokens in output.sampled_token_ids], np.int64)
+            self._settled = self._bill.settle(self._packed, count)
+            self._note(self._bill, self._settled)
+        output.ouro = self._settled
         return output

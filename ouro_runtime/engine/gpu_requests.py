@@ -65,9 +65,13 @@ class LaneRequests:
         return [self._epoch[req_id] for req_id in req_ids]
 
     def note(self, req_id: str, epoch: int, depths: list[int]) -> None:
-        """Depths of tokens that came back; void if the request was admitted anew since."""
-        if self._epoch.get(req_id) == epoch:
-            self._depths[req_id] += depths
+        """Depths of tokens that came back; void if the request has ended or was admitted anew.
+
+        Called from the thread that waits for outputs, while requests end in another.
+        """
+        held = self._depths.get(req_id)
+        if held is not None and self._epoch.get(req_id) == epoch:
+            held += depths
 
     def params(
         self, slots: np.ndarray, decoding: np.ndarray, resumed: np.ndarray, plan: LanePlan

@@ -51,6 +51,7 @@ class OuroModelState(ModelState):
             self.max_num_tokens,
             self.max_num_reqs,
             self.max_num_reqs,
+            self.loops,
             config.hidden_size,
             self.dtype,
             device,
@@ -77,7 +78,7 @@ class OuroModelState(ModelState):
 
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         """The caches are bound (anew: after profiling, everything captured is void)."""
-        self.graphs.release()
+        self.release()
         (group,) = kv_cache_config.kv_cache_groups
         block_size = group.kv_cache_spec.block_size
         cache = self.model.model.layers[0].self_attn.attn.kv_cache
@@ -86,7 +87,11 @@ class OuroModelState(ModelState):
         self.engine = make_engine(
             self.model, self.buffers, self.loops, self.max_model_len, self._run_rows, self.graphs
         )
-        self.rows = None
+
+    def release(self) -> None:
+        """Let go of everything that holds on to the caches and to the graphs' memory."""
+        self.graphs.release()
+        self.engine = self.rows = self._tables = self._logical = None
 
     def capture_inner_cudagraphs(
         self, input_buffers: Any, block_tables: Any, attn_groups: Any, kv_cache_config: Any
@@ -217,6 +222,7 @@ class OuroModelState(ModelState):
             params.run_all,
             decoding,
             rows,
+            self.loops,
         )
         width = None if mixed else self.graphs.width(lanes)
         return LaneStep(buffers, engine.shape, inputs, engine, width)

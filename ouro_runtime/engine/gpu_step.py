@@ -35,6 +35,7 @@ def apply_gate(buffers: LaneBuffers, shape: LaneShape, hidden: torch.Tensor, lan
         active=b.active[:lanes],
         exit_mask=b.exit_mask[:lanes],
         read_mask=b.read_mask[:lanes],
+        history=b.history[:lanes],
     )
 
 
@@ -96,6 +97,7 @@ class LaneStep:
             b.hidden.index_copy_(0, heads, states)
             survival = torch.where(loop > 0, b.carried_survival[x.slots], 1.0)
             b.survival[:n].copy_(survival)
+            b.history[:n].copy_(b.carried_history[x.slots])
         else:
             b.survival[:n].fill_(1.0)
         b.loop[:n].copy_(loop)
@@ -162,6 +164,7 @@ class LaneStep:
         b, record = self.b, self.record
         source = b.lane_hidden if self._mixed else b.hidden
         hidden, read, depth = source[lanes], b.read_mask[lanes], b.depth[lanes]
+        record.history[:, step].copy_(b.history[: self.lanes])
         defer = self.inputs.defer
         if defer is not None:
             if self.deferred is None:
@@ -229,3 +232,4 @@ class LaneStep:
             source = b.lane_hidden if self._mixed else b.hidden
             b.carried_hidden.index_copy_(0, x.slots, source[:n])
             b.carried_survival.index_copy_(0, x.slots, b.survival[:n])
+            b.carried_history.index_copy_(0, x.slots, b.history[:n])

@@ -1,16 +1,19 @@
 """Seam: how depths travel from the engine core to the API process, and where they come out.
 
 `EngineCoreOutput` has no room for what a plugin adds, so depths ride in `routed_experts`, an array
-per output that only mixture-of-experts models fill: here int16 `[tokens, 2]` (depth, loops run).
-vLLM already trims it to the tokens kept when a stop string is found. What a step's passes did rides
-in an output for a request id that nobody has; vLLM drops it, we read it on the way.
+per output that only mixture-of-experts models fill: here int16 `[tokens, 2 + T]` (depth, loops run,
+the gate's CDF after each loop). vLLM already trims it to the tokens kept when a stop string is
+found. What a step's passes did rides in an output for a request id that nobody has; vLLM drops it,
+we read it on the way.
 
-In the API process `install()` makes every `CompletionOutput` carry `depths` and `loops_run`,
-aligned with `token_ids`, and `IterationStats` carry `ouro`, a `DepthReport`, for the metrics.
+In the API process `install()` makes every `CompletionOutput` carry `depths`, `loops_run` and
+`exit_cdf`, aligned with `token_ids`, and `IterationStats` carry `ouro`, a `DepthReport`, for the
+metrics.
 """
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -20,16 +23,35 @@ from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
-from ouro_runtime.config import DepthReport, ExitParams, LoopConfig, StepReport
+from ouro_runtime.config import (
+    Delivery,
+    DepthReport,
+    ExitParams,
+    Finished,
+    LoopConfig,
+    StepReport,
+)
 from ouro_runtime.engine.pin import SeamError, check_parameters
 from ouro_runtime.loop.executor import PARTS
+from ouro_runtime.pace import Pace
 
 REPORT_ID = "ouro-step-report"
 
 
-def pack_depths(depths: list[int], loops_run: list[int]) -> np.ndarray:
-    """[tokens, 2] int16."""
-    return np.array([depths, loops_run], np.int16).T
+CDF_STEPS = 10_000
+"""A CDF travels as a whole number of these parts of 1."""
+
+
+def pack_tokens(depths: list[int], loops_run: list[int], exit_cdf: list[list[float]]) -> np.ndarray:
+    """[tokens, 2 + T] int16; every argument has one entry per token, `exit_cdf`'s are [T]."""
+    cdf = np.rint(CDF_STEPS * np.array(exit_cdf))
+    return np.column_stack([depths, loops_run, cdf]).astype(np.int16)
+
+
+def unpack_cdf(packed: np.ndarray) -> list[list[float]]:
+    """Of what `pack_tokens` made: per token CDF(1)..CDF(depth), to four digits."""
+    cdf = (packed[:, 2:] / CDF_STEPS).tolist()
+    return [row[:depth] for row, depth in zip(cdf, packed[:, 0].tolist(), strict=True)]
 
 
 def pack_report(report: StepReport) -> EngineCoreOutput:
@@ -121,17 +143,30 @@ def _read_reports() -> None:
             self, engine_core_outputs, engine_core_timestamp, iteration_stats, *a, **k
         )
         if iteration_stats is not None:
+            now = time.monotonic()
             for request_id, count in before.items():
                 state = states[request_id]
-                kept = _all_depths(state)
+                kept = _all_tokens(state)
                 report.depths += kept[count:, 0].tolist()
                 report.loops_run += kept[count:, 1].tolist()
+                pace = _pace_of(state)
+                if len(kept) > count:
+                    seconds = pace.deliver(now, len(kept) - count)
+                    if seconds is not None:
+                        report.deliveries.append(Delivery(request_id, seconds, len(kept) - count))
                 if request_id not in self.request_states:
-                    report.finished.append((int(kept[:, 0].sum()), len(kept)))
+                    total = int(kept[:, 0].sum())
+                    report.finished.append(Finished(total, len(kept), pace.seconds_per_token))
             iteration_stats.ouro = report
         return result
 
     OutputProcessor.process_outputs = reading
+
+
+def _pace_of(state: Any) -> Pace:
+    if not hasattr(state, "_ouro_pace"):
+        state._ouro_pace = Pace()
+    return state._ouro_pace
 
 
 def _kept(state: Any) -> int:
@@ -142,7 +177,7 @@ def _chunks(state: Any) -> list[np.ndarray]:
     return [*getattr(state, "_ouro_done", ()), *state.routed_experts_chunks]
 
 
-def _all_depths(state: Any) -> np.ndarray:
+def _all_tokens(state: Any) -> np.ndarray:
     chunks = _chunks(state)
     return np.concatenate(chunks) if chunks else np.zeros((0, 2), np.int16)
 
@@ -152,15 +187,16 @@ def _attach_depths() -> None:
     new_completion_output = RequestState._new_completion_output
 
     def attaching(self: Any, token_ids: list[int], finish_reason: Any, *a: Any, **k: Any) -> Any:
-        depths = _all_depths(self)
-        self._ouro_done = [depths]
+        packed = _all_tokens(self)
+        self._ouro_done = [packed] if len(packed) else []
         self.routed_experts_chunks = []
         output = new_completion_output(self, token_ids, finish_reason, *a, **k)
         if self.output_kind == RequestOutputKind.DELTA:
             count = len(output.token_ids)
-            depths = depths[len(depths) - count :] if count else depths[:0]
-        output.depths = depths[:, 0].tolist()
-        output.loops_run = depths[:, 1].tolist()
+            packed = packed[len(packed) - count :] if count else packed[:0]
+        output.depths = packed[:, 0].tolist()
+        output.loops_run = packed[:, 1].tolist()
+        output.exit_cdf = unpack_cdf(packed)
         return output
 
     RequestState._new_completion_output = attaching
@@ -178,6 +214,7 @@ def _merge_depths() -> None:
                 if older is not None and hasattr(older, "depths"):
                     older.depths = older.depths + newer.depths
                     older.loops_run = older.loops_run + newer.loops_run
+                    older.exit_cdf = older.exit_cdf + newer.exit_cdf
         add(self, next_output, aggregate)
 
     RequestOutput.add = merging

@@ -11,9 +11,11 @@ class StepOutput:
 
     Attributes:
         depths, loops_run: request id -> one entry per token sampled in the step.
+        exit_cdf: request id -> per token, CDF(1)..CDF(depth) of the gate, then zeros, [T].
         report: what the passes did.
     """
 
     depths: dict[str, list[int]]
     loops_run: dict[str, list[int]]
+    exit_cdf: dict[str, list[list[float]]]
     report: StepReport

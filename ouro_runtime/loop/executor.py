@@ -51,6 +51,7 @@ class StepResult:
     Attributes:
         depths: per request, the depth of each token read out, in order.
         loops_run: per request, loops executed at the position that each token was read out of.
+        exit_cdf: per request and token, CDF(1)..CDF(depth) of the gate, then zeros, [T].
         deferred: request -> normed state [H] read out but not sampled yet.
         carried: per request, rows to be carried over.
         hidden: [scheduled, H] normed states at loop T of the scheduled prompt positions (other
@@ -61,6 +62,7 @@ class StepResult:
 
     depths: list[list[int]]
     loops_run: list[list[int]]
+    exit_cdf: list[list[list[float]]]
     deferred: dict[int, torch.Tensor] = field(default_factory=dict)
     carried: list[list[Carried]] = field(default_factory=list)
     hidden: torch.Tensor | None = None
@@ -109,6 +111,7 @@ class StepExecutor:
         result = StepResult(
             depths=[[] for _ in range(requests)],
             loops_run=[[] for _ in range(requests)],
+            exit_cdf=[[] for _ in range(requests)],
             carried=[[] for _ in range(requests)],
             rows_by_loop=np.zeros(self.loops, np.int64),
         )
@@ -204,11 +207,12 @@ class StepExecutor:
         if not len(out.rows):
             return tokens, finished
         states = hidden if len(out.rows) == len(hidden) else hidden[torch.from_numpy(out.rows)]
-        full = plan.runs_every_loop(out)
+        full, cdf = plan.runs_every_loop(out), out.cdf.tolist()
         for index, request in enumerate(out.req.tolist()):
             depth = int(out.depth[index])
             result.depths[request].append(depth)
             result.loops_run[request].append(self.loops if full[index] else depth)
+            result.exit_cdf[request].append(cdf[index])
         now = ~out.deferred
         if now.all():
             return runner.sample(out.req, states)

@@ -24,12 +24,13 @@ class Carried:
 
     Attributes:
         position: of the token; loop: loops done; head: not read out yet.
-        survival: S(loop). hidden: the state that enters the next loop (opaque here).
+        history: [T] float32, S(1)..S(loop), then anything.
+        hidden: the state that enters the next loop (opaque here).
     """
 
     position: int
     loop: int
-    survival: float
+    history: np.ndarray
     head: bool
     hidden: Any = None
 
@@ -74,7 +75,8 @@ class Rows:
     loop: np.ndarray  # int64, loops done: also the 0-based loop that runs next
     stop: np.ndarray  # int64, loops after which a row that is no head is done
     head: np.ndarray  # bool
-    survival: np.ndarray  # float32
+    survival: np.ndarray  # float32, S(loop)
+    history: np.ndarray  # [N, T] float32, S(1)..S(loop) of a head, then anything
 
     def __len__(self) -> int:
         return len(self.req)
@@ -89,7 +91,7 @@ class Rows:
         return Rows(*(np.concatenate(pair) for pair in pairs))
 
 
-ROW_FIELDS = ("req", "pos", "loop", "stop", "head", "survival")
+ROW_FIELDS = ("req", "pos", "loop", "stop", "head", "survival", "history")
 
 
 @dataclass
@@ -117,12 +119,14 @@ class Readout:
     Attributes:
         rows: [M] int64, their rows. req, depth: [M] int64.
         deferred: [M] bool, sampled after the step, not now.
+        cdf: [M, T] float32, the gate's CDF(1)..CDF(depth), then zeros. CDF(T) is 1.
     """
 
     rows: np.ndarray
     req: np.ndarray
     depth: np.ndarray
     deferred: np.ndarray
+    cdf: np.ndarray
 
 
 @dataclass
@@ -191,6 +195,7 @@ class StepPlan:
             stop=np.full(len(req), self.loops, np.int64),
             head=pos == known[req] - 1,
             survival=np.ones(len(req), np.float32),
+            history=np.ones((len(req), self.loops), np.float32),
         )
         self.restore: list[tuple[int, Carried]] = []
         first = np.cumsum(count) - count
@@ -204,7 +209,8 @@ class StepPlan:
                 assert carried.position == w.start and w.count == 1, "a carried head moved"
                 row = int(first[index])
                 rows.loop[row] = carried.loop
-                rows.survival[row] = carried.survival
+                rows.survival[row] = carried.history[carried.loop - 1]
+                rows.history[row] = carried.history
                 self.restore.append((row, carried))
         if deep:
             self.restore += [(len(rows) + i, c) for i, (_, c) in enumerate(deep)]
@@ -216,6 +222,7 @@ class StepPlan:
                     stop=np.full(len(deep), self.loops, np.int64),
                     head=np.zeros(len(deep), bool),
                     survival=np.ones(len(deep), np.float32),
+                    history=np.ones((len(deep), self.loops), np.float32),
                 )
             )
         return rows
@@ -265,10 +272,20 @@ class StepPlan:
         Args:
             exits: [N] bool, the exit rule's answer for every row (ignored where not a head).
         """
-        self.rows.loop += 1
-        rows = np.nonzero(exits & self.rows.head)[0]
-        req = self.rows.req[rows]
-        return Readout(rows, req, self.rows.loop[rows], self._single[req])
+        every = self.rows
+        every.history[np.arange(len(every)), every.loop] = every.survival
+        every.loop += 1
+        rows = np.nonzero(exits & every.head)[0]
+        req, depth = every.req[rows], every.loop[rows]
+        return Readout(rows, req, depth, self._single[req], self._cdf(every.history[rows], depth))
+
+    def _cdf(self, survival: np.ndarray, depth: np.ndarray) -> np.ndarray:
+        """CDF(1)..CDF(depth), then zeros, from S(1)..S(depth); [M, T] and [M]."""
+        cdf = 1.0 - survival
+        # What the gate leaves over exits at the last loop, so its own last value says nothing.
+        cdf[:, -1] = 1.0
+        cdf[np.arange(self.loops) >= depth[:, None]] = 0.0
+        return cdf
 
     def runs_every_loop(self, out: Readout) -> np.ndarray:
         """[M] bool: positions read out that run all T loops: the prompt's, and all in `exact`."""
@@ -310,6 +327,7 @@ class StepPlan:
             stop=np.full(len(append), loops, np.int64),
             head=np.ones(len(append), bool),
             survival=np.ones(len(append), np.float32),
+            history=np.ones((len(append), loops), np.float32),
         )
         rows.pos[reuse_rows] += 1
         rows.loop[reuse_rows] = 0
@@ -338,7 +356,7 @@ class StepPlan:
                 Carried(
                     int(rows.pos[row]),
                     int(rows.loop[row]),
-                    float(rows.survival[row]),
+                    rows.history[row].copy(),
                     bool(rows.head[row]),
                 ),
             )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from tests.engine.cases import NEAR, Case
 
 LOGPROB_TOLERANCE = 1e-4
+CDF_TOLERANCE = 1e-3
 
 
 def first_difference(
@@ -67,6 +68,16 @@ def assert_same(
     if margins is not None and index < len(margins):
         message += f"\n  margin of the expected token: {margins[index]:.2e}"
     raise AssertionError(message)
+
+
+def assert_cdf(
+    what: str, exit_cdf: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]
+) -> None:
+    """The gate's cumulative exit probabilities of each token agree, loop by loop."""
+    for index, (got, want) in enumerate(zip(exit_cdf, expected, strict=True)):
+        assert len(got) == len(want), f"{what}: token {index}: {got}, expected {want}"
+        off = max(abs(a - b) for a, b in zip(got, want, strict=True))
+        assert off <= CDF_TOLERANCE, f"{what}: exit CDF of token {index} is {got}, expected {want}"
 
 
 def assert_case(

@@ -27,6 +27,7 @@ class Output:
     tokens: list[int]
     depths: list[int]
     loops_run: list[int]
+    exit_cdf: list[list[float]]
     logprobs: list[float]
     finish_reason: str | None
     stop_reason: int | str | None
@@ -36,8 +37,10 @@ class Output:
     def of(cls, completion: CompletionOutput) -> Output:
         tokens = list(completion.token_ids)
         depths, loops_run = list(completion.depths), list(completion.loops_run)
+        exit_cdf = list(completion.exit_cdf)
         assert completion.finish_reason != "error", "the engine failed this request; see its log"
         assert len(tokens) == len(depths) == len(loops_run), (tokens, depths, loops_run)
+        assert [len(cdf) for cdf in exit_cdf] == depths, (exit_cdf, depths)
         logprobs = []
         if completion.logprobs is not None:
             assert len(completion.logprobs) == len(tokens), "log-probabilities misaligned"
@@ -46,6 +49,7 @@ class Output:
             tokens,
             depths,
             loops_run,
+            exit_cdf,
             logprobs,
             completion.finish_reason,
             completion.stop_reason,

@@ -1,12 +1,13 @@
 """Every golden case through the engine, in float32: tokens, depths and log-probabilities."""
 
 from collections.abc import Iterator
+from math import prod
 
 import pytest
 from vllm import LLM
 
-from tests.engine.cases import CHECKPOINTS, Case, golden_cases
-from tests.engine.compare import assert_case
+from tests.engine.cases import CHECKPOINTS, Case, golden_cases, golden_records
+from tests.engine.compare import assert_case, assert_cdf
 from tests.engine.harness import (
     Output,
     assert_idle,
@@ -62,6 +63,18 @@ def test_loops_run_count_what_was_executed(checkpoint: str, plain: LLM) -> None:
         loops = max(golden_cases(checkpoint, ("full",))[0].depths)
         expected = [loops, *(out.depths[1:] if case.mode == "skip" else [loops] * 23)]
         assert out.loops_run == expected, case.name
+
+
+def test_the_first_tokens_exit_cdf_is_the_released_gates(checkpoint: str, plain: LLM) -> None:
+    cases = golden_cases(checkpoint)
+    gates = {
+        tuple(record["prompt"]): record["last_position"]["lambda_by_loop"]
+        for record in golden_records(checkpoint)
+    }
+    for case, out in zip(cases, run_batch(plain, cases), strict=True):
+        halt = gates[case.prompt]
+        cdf = [1 - prod(1 - gate for gate in halt[: n + 1]) for n in range(len(halt) - 1)] + [1.0]
+        assert_cdf(case.name, out.exit_cdf[:1], [cdf[: case.depths[0]]])
 
 
 def test_chunked_prefill(checkpoint: str) -> None:

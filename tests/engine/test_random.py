@@ -8,7 +8,7 @@ import pytest
 from vllm import LLM
 
 from tests.engine.checkpoints import write_random
-from tests.engine.compare import LOGPROB_TOLERANCE, assert_same, first_difference
+from tests.engine.compare import LOGPROB_TOLERANCE, assert_cdf, assert_same, first_difference
 from tests.engine.harness import assert_idle, engine, generate, greedy
 from tests.reference.model import Reference
 
@@ -56,7 +56,10 @@ def compare(
         margins = [expected.margin(index) for index in range(TOKENS)]
         both = (out.tokens, out.depths, expected.tokens, expected.depths)
         excused += not assert_same(f"request {number} {fields}", *both, margins)
-        for index in range(first_difference(*both) or TOKENS):
+        alike = first_difference(*both)
+        alike = TOKENS if alike is None else alike
+        assert_cdf(f"request {number} {fields}", out.exit_cdf[:alike], expected.exit_cdf[:alike])
+        for index in range(alike):
             off = abs(out.logprobs[index] - expected.logprobs[index])
             assert off <= LOGPROB_TOLERANCE, f"request {number} {fields}: token {index} off {off}"
     assert excused <= 2, f"{excused} of {len(prompts)} requests excused as near ties"

@@ -19,6 +19,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from ouro_runtime.engine import gpu_engine, gpu_state
 from ouro_runtime.engine.gpu_scheduler import OuroAsyncScheduler
+from ouro_runtime.engine.outputs import unpack_cdf
 from ouro_runtime.plugin import register
 from tests.gpu.fake_model import FakeModel
 from tests.gpu.fake_runner import FakeRunner
@@ -33,6 +34,7 @@ class Result:
     tokens: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     loops_run: list[int] = field(default_factory=list)
+    exit_cdf: list[list[float]] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     reason: Any = None
 
@@ -133,6 +135,7 @@ class FakeEngine:
                 if out.new_token_ids:
                     result.depths += out.routed_experts[:, 0].tolist()
                     result.loops_run += out.routed_experts[:, 1].tolist()
+                    result.exit_cdf += unpack_cdf(out.routed_experts)
                 if out.new_logprobs is not None:
                     result.logprobs += out.new_logprobs.logprobs[:, 0].tolist()
                 result.reason = out.finish_reason or result.reason

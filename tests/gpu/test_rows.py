@@ -58,7 +58,7 @@ def passes() -> RowPasses:
 
 
 def test_every_request_reads_the_pages_of_its_loop(passes: RowPasses) -> None:
-    buffers = LaneBuffers(6, 2, 8, 3, torch.float32, "cpu")
+    buffers = LaneBuffers(6, 2, 8, T, 3, torch.float32, "cpu")
     buffers.hidden.fill_(1)
     view = RowView(
         rows=4,
@@ -98,7 +98,7 @@ def test_forward_is_one_pass_in_the_steps_buffers_or_a_step() -> None:
 
         __setattr__ = object.__setattr__
 
-    model = Model(LaneBuffers(6, 2, 8, 3, torch.float32, "cpu"))
+    model = Model(LaneBuffers(6, 2, 8, T, 3, torch.float32, "cpu"))
     out = model.forward(torch.tensor([1, 2]), torch.tensor([3, 4]))
     assert out[:, 0].tolist() == [3, 8]
     done = torch.ones(2, 3)

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from vllm import SamplingParams
 from vllm.config import CompilationConfig
 from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 
+from ouro_runtime.config import ExitParams, LoopConfig
 from ouro_runtime.engine import gpu_pin
 from ouro_runtime.engine.gpu_graphs import PassGraphs
 from ouro_runtime.engine.gpu_lanes import STOPS, LaneParams, StepRecord
 from ouro_runtime.engine.gpu_model import OuroLaneModel
 from ouro_runtime.engine.gpu_output import StepBill
-from ouro_runtime.engine.gpu_runner import OuroGPUWorker
+from ouro_runtime.engine.gpu_requests import LaneRequests
+from ouro_runtime.engine.gpu_runner import OuroGPUModelRunner, OuroGPUWorker
 from ouro_runtime.engine.gpu_state import OuroModelState
 from ouro_runtime.engine.pin import SeamError
 
@@ -138,15 +143,16 @@ def test_a_record_takes_tokens_of_those_that_were_read() -> None:
 
 
 def test_the_bill_counts_what_ran() -> None:
-    packed = torch.tensor(
-        [
-            # depths        start end
-            [2, 1, 0, 0, 1, 1],  # one loop was done; leaves at 2, at 1, and is one loop deep
-            [3, 0, 0, 0, 0, 0],  # exact: read out at 3, ran all
-            [2, 0, 0, 0, 0, 0],  # the end of a prompt of 5
-        ],
-        dtype=torch.int32,
-    )
+    record = StepRecord.empty(3, 4, torch.device("cpu"))
+    # One loop was done: leaves at 2, at 1, and is one loop deep. Exact: read out at 3, ran all. The
+    # end of a prompt of 5.
+    record.depths[:, :2] = torch.tensor([[2, 1], [3, 0], [2, 0]])
+    record.start[0] = record.end[0] = 1
+    record.history[0, 0, :2] = torch.tensor([0.75, 0.5])
+    record.history[0, 1, :2] = torch.tensor([0.25, 0.5])
+    record.history[1, 2] = torch.tensor([1.0, 0.5, 0.25, 0.125])
+    record.history[2, 1, :2] = torch.tensor([0.875, 0.5])
+    packed = record.packed()
     bill = StepBill(
         ["a", "b", "c"],
         [1, 1, 1],
@@ -154,11 +160,43 @@ def test_the_bill_counts_what_ran() -> None:
         runs_all=np.array([False, True, True]),
         decoding=np.array([True, True, False]),
         rows=7,
+        loops=4,
     )
     out = bill.settle(packed.numpy(), np.array([2, 1, 1]))
     assert out.depths == {"a": [2, 1], "b": [3], "c": [2]}
     assert out.loops_run == {"a": [2, 1], "b": [4], "c": [4]}
+    assert out.exit_cdf == {
+        "a": [[0.25, 0.5, 0.0, 0.0], [0.75, 0.0, 0.0, 0.0]],
+        "b": [[0.0, 0.5, 0.75, 0.0]],
+        "c": [[0.125, 0.5, 0.0, 0.0]],
+    }
     # Five prompt rows and the exact lane at every loop; the first lane at 2, 1 and 1.
     assert out.report.rows_by_loop == [6 + 2, 6 + 1, 6, 6]
     assert out.report.pass_rows == [7] * 4
     assert out.report.tokens == 4
+
+
+@pytest.mark.parametrize(("in_flight", "read"), [(1, [1, 2, 3]), (2, [1, 2])])
+def test_a_process_that_nobody_asks_reads_its_outputs_in_time(
+    in_flight: int, read: list[int]
+) -> None:
+    runner = OuroGPUModelRunner.__new__(OuroGPUModelRunner)
+    runner.vllm_config = SimpleNamespace(max_concurrent_batches=in_flight)
+    runner._unread = deque()
+    seen: list[int] = []
+    for step in (1, 2, 3):
+        runner._read_unasked(SimpleNamespace(get_output=partial(seen.append, step)))
+    assert seen == read
+
+
+def test_depths_of_a_request_that_is_gone_are_dropped() -> None:
+    config = LoopConfig(4, ExitParams(1.0, 1, 4, "skip"))
+    requests = LaneRequests(2, config, 32)
+    requests.add(0, "a", SamplingParams(max_tokens=9), 3, 3)
+    requests.note("a", 1, [2, 3])
+    requests.add(1, "a", SamplingParams(max_tokens=9), 3, 4)
+    requests.note("a", 1, [4])
+    assert requests._depths == {"a": [2]}
+    requests.forget(["a"])
+    requests.note("a", 2, [1])
+    assert requests._depths == {}

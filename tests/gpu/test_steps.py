@@ -10,6 +10,7 @@ import torch
 from vllm.sampling_params import StructuredOutputsParams
 
 from tests.engine.cases import CHECKPOINTS, NEAR
+from tests.engine.compare import assert_cdf
 from tests.gpu.fake_engine import FakeEngine, Result, params
 from tests.reference.model import Generation, Reference
 
@@ -27,13 +28,14 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 
 def assert_same(out: Result, expected: Generation, what: object) -> None:
-    """Tokens and depths agree, up to the first near tie."""
+    """Tokens, depths and exit CDFs agree, up to the first near tie."""
     for index, (token, depth) in enumerate(zip(expected.tokens, expected.depths, strict=True)):
         if expected.margin(index) < NEAR:
             return
         assert index < len(out.tokens), f"{what}: {len(out.tokens)} tokens, {expected.tokens}"
         got = out.tokens[index], out.depths[index]
         assert got == (token, depth), f"{what}: token {index}: {got}, expected {(token, depth)}"
+        assert_cdf(str(what), [out.exit_cdf[index]], [expected.exit_cdf[index]])
     assert len(out.tokens) == len(expected.tokens), what
 
 

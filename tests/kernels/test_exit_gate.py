@@ -42,11 +42,15 @@ def test_masks_and_strided_states(device):
     state["run_all"] = torch.rand(61, device=device) < 0.4
     state["active"] = torch.rand(61, device=device) < 0.6
     state["depth"] = torch.where(state["run_all"], state["loop"] // 2, 0).int()
+    state["history"] = strided_rows(torch.full((61, T), float("nan"), device=device))
     state["h"][~state["active"]] = float("nan")
     exits, reads = check_against_reference("exit_gate", "exit_gate", **state)
     assert 0 < exits.sum() < 61
     assert 0 < reads.sum() < 61
     assert not (exits & ~state["active"]).any()
+    kept = state["history"].isfinite()
+    assert torch.equal(kept.sum(1), state["active"].long())
+    assert torch.equal(state["history"][kept], state["survival"][state["active"]])
 
 
 def test_given_outputs_are_written(device):

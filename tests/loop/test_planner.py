@@ -178,3 +178,25 @@ def test_nothing_follows_the_last_position_allowed() -> None:
     out = plan.readout(np.ones(1, bool))
     plan.advance(out, np.zeros(1, bool))
     assert not plan.rows.head.any()
+
+
+def test_a_readout_knows_the_gate_after_each_of_its_loops() -> None:
+    """Also of a head that was carried over, of one that took another row, and of depth T."""
+    work = Work(start=4, count=1, known=5, prompt=5, last=9, forced=np.array([3, 2, LOOPS]))
+    survival = iter(np.float32([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]))
+    seen = []
+    for _ in range(3):
+        plan = StepPlan([work], LOOPS)
+        while len(plan.rows) and plan.passes_left:
+            heads = plan.rows.head
+            if heads.any():
+                plan.rows.survival[heads] = next(survival)
+            _, high = plan.limits()
+            out = plan.readout(plan.rows.loop + 1 >= high)
+            seen += out.cdf.tolist()
+            work.known += len(out.rows)
+            plan.advance(out, np.full(len(out.rows), len(seen) == 3))
+        work.start = work.known - 1
+        work.carried = [carried for _, _, carried in plan.leftovers()]
+    expected = [[0.1, 0.2, 0.3, 0], [0.4, 0.5, 0, 0], [0.6, 0.7, 0.8, 1]]
+    assert np.allclose(seen, expected, atol=1e-6)

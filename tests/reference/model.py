@@ -31,6 +31,7 @@ class Generation:
 
     Attributes:
         tokens, depths, logprobs: the token, the loop it was read out at, log p(token).
+        exit_cdf: CDF(1) .. CDF(depth) of each token; CDF(T) is 1.
         logit_margins: top-1 minus top-2 of the logits `choose` saw.
         cdf_margins: the least |CDF - q| over the exit decisions taken for the token.
     """
@@ -38,6 +39,7 @@ class Generation:
     tokens: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    exit_cdf: list[list[float]] = field(default_factory=list)
     logit_margins: list[float] = field(default_factory=list)
     cdf_margins: list[float] = field(default_factory=list)
 
@@ -133,7 +135,7 @@ class Reference:
                 position = torch.tensor([len(prompt) + len(out.tokens) - 1])
                 hidden = self.w["model.embed_tokens.weight"][out.tokens[-1]][None]
                 column = []
-            survival, depth = torch.tensor(1.0), 0
+            survival, depth, cdf = torch.tensor(1.0), 0, []
             for loop in range(1, self.loops + 1):
                 if len(column) < loop:
                     hidden = self._loop(hidden, position, loop, cache)
@@ -141,6 +143,7 @@ class Reference:
                 if depth:
                     continue
                 survival = survival * (1 - self._gate(column[loop - 1]))
+                cdf.append(1.0 if loop == self.loops else 1.0 - float(survival))
                 if wanted(loop, float(survival)):
                     depth = loop
                     if out.tokens and mode in ("skip", "shared"):
@@ -154,6 +157,7 @@ class Reference:
             out.cdf_margins.append(min(margins))
             out.logprobs.append(float(logits.log_softmax(-1)[token]))
             out.depths.append(depth)
+            out.exit_cdf.append(cdf)
             out.tokens.append(token)
             if token in stop or len(out.tokens) == max_tokens:
                 return out

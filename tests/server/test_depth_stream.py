@@ -41,13 +41,13 @@ def completion_stream(results: list[Any], prompts: int = 1, **fields: Any) -> li
     return asyncio.run(events(stream))
 
 
-def depths_by_choice(chunks: list[dict]) -> dict[int, list[list[int]]]:
-    """Per choice, the depths of each chunk that has any key `depths`."""
-    found: dict[int, list[list[int]]] = {}
+def depths_by_choice(chunks: list[dict], key: str = "depths") -> dict[int, list[list]]:
+    """Per choice, what each chunk that has `key` says under it."""
+    found: dict[int, list[list]] = {}
     for chunk in chunks:
         for choice in chunk["choices"]:
-            if "depths" in choice:
-                found.setdefault(choice["index"], []).append(choice["depths"])
+            if key in choice:
+                found.setdefault(choice["index"], []).append(choice[key])
     return found
 
 
@@ -69,6 +69,16 @@ def test_depths_are_sent_only_when_asked_for() -> None:
     chunks = chat_stream(TWO_CHOICES, chat(n=2, stream_options=USAGE))
     assert depths_by_choice(chunks) == {}
     assert all("usage" not in chunk for chunk in chunks[:-1])
+
+
+@pytest.mark.parametrize("depths_too", [False, True])
+def test_exit_cdfs_are_sent_for_the_tokens_of_each_chunk(depths_too: bool) -> None:
+    chunks = chat_stream(TWO_CHOICES, chat(n=2, return_exit_cdf=True, return_depths=depths_too))
+    sent = depths_by_choice(chunks, "exit_cdf")
+    lengths = {choice: [list(map(len, cdfs)) for cdfs in each] for choice, each in sent.items()}
+    assert lengths == {0: [[4, 1], [2]], 1: [[4], [3, 3]]}
+    assert sent[0][1] == [pytest.approx([0.1, 0.2])]
+    assert depths_by_choice(chunks) == (lengths if depths_too else {})
 
 
 def test_the_final_usage_chunk_sums_all_choices() -> None:
@@ -205,12 +215,14 @@ def test_closing_the_stream_closes_the_engines_generator() -> None:
 @pytest.mark.parametrize("wanted", [True, False])
 def test_a_complete_chat_has_depths_and_usage(wanted: bool) -> None:
     final = result(output([4, 1], "a", 0, "stop"), output([2], "b", 1, "stop"))
-    request = chat(n=2, return_depths=wanted, stream=False)
+    request = chat(n=2, return_depths=wanted, return_exit_cdf=wanted, stream=False)
     answer = handler(DepthServingChat).chat_completion_full_generator(
         request, replay([final]), "id", "m", [], object(), metadata()
     )
     body = asyncio.run(answer).model_dump()
     assert [c.get("depths") for c in body["choices"]] == ([[4, 1], [2]] if wanted else [None] * 2)
+    cdfs = [c.get("exit_cdf") for c in body["choices"]]
+    assert cdfs == ([o.exit_cdf for o in final.outputs] if wanted else [None] * 2)
     assert body["usage"]["depth"]["histogram"] == {"1": 1, "2": 1, "3": 0, "4": 1}
 
 

@@ -21,6 +21,7 @@ def exit_gate(
     active: torch.Tensor | None = None,
     exit_mask: torch.Tensor | None = None,
     read_mask: torch.Tensor | None = None,
+    history: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply the exit rule to the N rows of a pass; return (exit_mask, read_mask), bool [N].
 
@@ -34,7 +35,8 @@ def exit_gate(
     read_mask: the rule fired in this very pass, so the row is read out and sampled now.
     exit_mask: the row leaves the column of cells. Rows of `run_all` (bool [N]: prompt positions,
     `exact` mode) leave only at T; for all others the two masks are the same.
-    Rows that are not `active` (bool [N]): both masks False, survival and depth untouched.
+    history fp32 [N, T], if given: the new survival is also kept in column `loop` of its row.
+    Rows that are not `active` (bool [N]): both masks False, all else untouched.
     """
     check("h", h, (None, None), FLOATS, h.device)
     rows, hidden = h.shape
@@ -57,6 +59,7 @@ def exit_gate(
         ("read_mask", read_mask),
     ):
         check_optional(name, mask, (rows,), torch.bool, device)
+    check_optional("history", history, (rows, total_loops), torch.float32, device)
     require(total_loops >= 1, "total_loops", f"must be at least 1, got {total_loops}")
     return backend("exit_gate", h).exit_gate(
         h,
@@ -73,4 +76,5 @@ def exit_gate(
         active,
         exit_mask,
         read_mask,
+        history,
     )

@@ -18,6 +18,7 @@ def exit_gate(
     active=None,
     exit_mask=None,
     read_mask=None,
+    history=None,
 ):
     everyone = torch.ones_like(loop, dtype=torch.bool)
     active = everyone if active is None else active
@@ -31,6 +32,10 @@ def exit_gate(
     leaves = active & torch.where(run_all, n >= total_loops, fires)
     survival.copy_(torch.where(active, left, survival))
     depth.copy_(torch.where(reads, n, depth))
+    if history is not None:
+        column = torch.arange(total_loops, device=loop.device)
+        here = active[:, None] & (column == loop[:, None])
+        history.copy_(torch.where(here, left[:, None], history))
     return (
         leaves if exit_mask is None else exit_mask.copy_(leaves),
         reads if read_mask is None else read_mask.copy_(reads),

@@ -22,11 +22,14 @@ def _exit_gate_kernel(
     active,
     exit_mask,
     read_mask,
+    history,
     h_stride,
+    history_stride,
     size,
     total_loops,
     HAS_RUN_ALL: tl.constexpr,
     HAS_ACTIVE: tl.constexpr,
+    HAS_HISTORY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -42,7 +45,8 @@ def _exit_gate_kernel(
     w = tl.load(weight + col, mask=mask, other=0.0).to(tl.float32)
     gate = tl.sigmoid(tl.sum(state * w, axis=0) + tl.load(bias).to(tl.float32))
     left = tl.load(survival + row) * (1.0 - gate)
-    n = tl.load(loop + row) + 1
+    done = tl.load(loop + row)
+    n = done + 1
     limit = tl.load(threshold + row)
     by_gate = (limit < 1.0) & (1.0 - left >= limit) & (n >= tl.load(min_loops + row))
     last = n >= total_loops
@@ -53,6 +57,8 @@ def _exit_gate_kernel(
     if HAS_RUN_ALL:
         leaves = tl.where(tl.load(run_all + row) != 0, last, fires)
     tl.store(survival + row, left)
+    if HAS_HISTORY:
+        tl.store(history + row * history_stride + done, left)
     tl.store(depth + row, tl.where(reads, n, seen))
     tl.store(exit_mask + row, leaves.to(tl.uint8))
     tl.store(read_mask + row, reads.to(tl.uint8))
@@ -73,6 +79,7 @@ def exit_gate(
     active=None,
     exit_mask=None,
     read_mask=None,
+    history=None,
 ):
     rows, size = h.shape
     if exit_mask is None:
@@ -96,11 +103,14 @@ def exit_gate(
         as_bytes(active),
         as_bytes(exit_mask),
         as_bytes(read_mask),
+        history,
         h.stride(0),
+        0 if history is None else history.stride(0),
         size,
         total_loops,
         HAS_RUN_ALL=run_all is not None,
         HAS_ACTIVE=active is not None,
+        HAS_HISTORY=history is not None,
         BLOCK=block,
         num_warps=min(max(block // 256, 1), 16),
     )
