@@ -116,21 +116,26 @@ def test_the_context_holds_what_the_last_install_needs(tmp_path: Path) -> None:
                 shutil.copy(ROOT / source, into)
     venv = tmp_path / ".venv"
     install.make_venv(venv)
-    packages = [path for path in sys.path if path.endswith("site-packages")]
-    (own,) = venv.glob("lib/python*/site-packages")
-    (own / "packages.pth").write_text("\n".join(packages))
     stamp = install.Stamp(venv)
     for step in install.plan("cpu", project=False):
         stamp.add(step)
 
+    packages = next(path for path in sys.path if path.endswith("site-packages"))
     path = f"{venv / 'bin'}:{os.environ['PATH']}"
-    command = all_of(FILES[0], "RUN")[-1]
     done = subprocess.run(
-        command, shell=True, cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True
+        all_of(FILES[0], "RUN")[-1],
+        shell=True,
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path, "PYTHONPATH": packages},
+        capture_output=True,
+        text=True,
     )
-    assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
+    assert done.returncode == 0, done.stdout + done.stderr
     program = json.loads(all_of(FILES[0], "ENTRYPOINT")[0])[0]
-    where = "import ouro_server, ouro_kernels, ouro_runtime as r; print(r.__file__)"
-    told = subprocess.run([venv / "bin/python", "-c", where], capture_output=True, text=True)
     assert (venv / "bin" / program).exists()
-    assert Path(told.stdout.strip()).is_relative_to(tmp_path)
+    for package in ("ouro_server", "ouro_runtime", "ouro_kernels"):
+        where = f"import importlib.util as u; print(u.find_spec({package!r}).origin)"
+        told = subprocess.run(
+            [venv / "bin/python", "-I", "-c", where], capture_output=True, text=True
+        )
+        assert Path(told.stdout.strip()).is_relative_to(tmp_path), told.stderr
