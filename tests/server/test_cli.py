@@ -71,6 +71,16 @@ def test_min_above_max_is_named(folder: Path, capsys: pytest.CaptureFixture[str]
     assert "--min-loops (3) must not exceed" in refused(argv, capsys)
 
 
+def test_a_bad_presets_file_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = folder / "presets.yaml"
+    argv = [str(folder), "--presets", str(file)]
+    assert f"{file}: cannot be read" in refused(argv, capsys)
+    file.write_text("presets: {deep: {max_loops: 5}}")
+    expected = f"{file}: preset 'deep': max_loops must be an integer from 1 to 4, got 5"
+    assert expected in refused(argv, capsys)
+    assert expected in refused([f"--presets={file}", "--model", str(folder)], capsys)
+
+
 def test_a_wrong_folder_is_refused_with_a_reason(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,7 +205,7 @@ def test_help_explains_depth_first_and_then_vllm(capsys: pytest.CaptureFixture[s
         cli.main(["--help"])
     assert done.value.code == 0
     out = capsys.readouterr().out
-    for option in ("--exit-threshold", "--exit-mode", "--min-loops", "--max-loops"):
+    for option in ("--exit-threshold", "--exit-mode", "--min-loops", "--max-loops", "--presets"):
         assert option in out
     assert out.index("--max-loops") < out.index("ModelConfig")
     assert "--help=all" in out

@@ -42,6 +42,8 @@ BAD = [
     ("exit_mode", ""),
     ("return_depths", 1),
     ("return_depths", "true"),
+    ("return_exit_cdf", 1),
+    ("return_exit_cdf", "true"),
     ("depth_preset", "slow"),
     ("depth_preset", 1),
     ("depth_preset", ["fast"]),
@@ -58,6 +60,7 @@ GOOD = {
     "max_loops": 3,
     "exit_mode": "exact",
     "return_depths": True,
+    "return_exit_cdf": True,
     "depth_preset": "fast",
     "priority_class": "batch",
 }
@@ -217,5 +220,5 @@ def test_a_model_without_loops_is_handed_nothing(model: type, body: dict, argume
 def test_openapi_describes_every_field(model: type) -> None:
     properties = model.model_json_schema()["properties"]
     fields = [*CONTROLS, "depth_preset", "priority_class"]
-    fields += [] if model is DepthResponsesRequest else ["return_depths"]
+    fields += [] if model is DepthResponsesRequest else ["return_depths", "return_exit_cdf"]
     assert all(properties[field]["description"] for field in fields)

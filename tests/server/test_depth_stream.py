@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from vllm.entrypoints.generate.base.protocol import DeltaMessage
 
+from ouro_server.depth import read_request
 from ouro_server.schemas import DepthChatRequest, DepthCompletionRequest
 from ouro_server.serving import DepthServingChat, DepthServingCompletion
-from tests.server.fakes import events, handler, metadata, output, replay, result
+from tests.server.fakes import events, handler, metadata, output, replay, result, serve
 
 USAGE = {"include_usage": True}
 
@@ -90,7 +91,19 @@ def test_the_final_usage_chunk_sums_all_choices() -> None:
         "histogram": {"1": 1, "2": 1, "3": 2, "4": 2},
         "loops_run": 17,
         "loops_skipped": 7,
+        "source": "default",
+        "preset": None,
     }
+
+
+def test_answers_carry_the_alias_and_the_source_they_were_asked_for_by() -> None:
+    body = {"model": "m@fast", "messages": [{"role": "user", "content": "hi"}]}
+    request = chat(**body, stream_options=USAGE)
+    request.resolve(read_request(body, serve()))
+    chunks = chat_stream([result(output([2], "a", finish="stop"))], request)
+    assert {chunk["model"] for chunk in chunks} == {"m@fast"}
+    told = chunks[-1]["usage"]["depth"]
+    assert (told["source"], told["preset"]) == ("alias", "fast")
 
 
 def test_continuous_usage_counts_what_the_chunk_counts() -> None:

@@ -12,10 +12,10 @@ import httpx
 import openai
 import pytest
 
+from tests.server.app import BODIES
 from tests.server.asking import ASK, EARLY, FULL, chat
 from tests.server.live import KEY, LOOPS, ORIGIN, Live
 from tests.server.test_depth_fields import BAD
-from tests.server.test_endpoints import BODIES
 
 pytestmark = pytest.mark.slow
 

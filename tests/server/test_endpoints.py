@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from vllm.entrypoints.generate.api_router import register_generate_api_routers
-from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
-from vllm.plugins import endpoint_plugins
 
 from ouro_runtime.config import DEPTH_FIELDS
-from ouro_server.plugin import DepthEndpoints
-from ouro_server.served import ServedDepth
-from ouro_server.vllm_api import create_error_response
+from tests.server.app import BODIES, Seen, assert_refused, build, post
 from tests.server.fakes import serve
 from tests.server.test_depth_fields import BAD
 
-BODIES = {
-    "/v1/chat/completions": {"model": "m", "messages": [{"role": "user", "content": "hi"}]},
-    "/v1/completions": {"model": "m", "prompt": "hi"},
-    "/v1/responses": {"model": "m", "input": "hi"},
-}
 REFUSING = {
     "/v1/chat/completions/batch": {"model": "m", "messages": [[{"role": "user", "content": "x"}]]},
     "/v1/messages": {"model": "m", "max_tokens": 3, "messages": [{"role": "user", "content": "x"}]},
@@ -33,55 +19,11 @@ REFUSING = {
 }
 
 
-class Seen:
-    """A handler that notes the request it is given and answers 418."""
-
-    def __init__(self) -> None:
-        self.requests: list[Any] = []
-
-    async def take(self, request: Any, raw_request: Any = None) -> Any:
-        self.requests.append(request)
-        error = create_error_response("seen")
-        error.error.code = 418
-        return error
-
-    create_chat_completion = create_completion = create_responses = take
-
-
-def build(depth: ServedDepth | None, monkeypatch: pytest.MonkeyPatch) -> tuple[FastAPI, Seen]:
-    """vLLM's app with our plugin attached the way vLLM attaches it."""
-    app, seen = FastAPI(), Seen()
-    app.state.args = SimpleNamespace(log_error_stack=False)
-    register_generate_api_routers(app)
-    monkeypatch.setattr("vllm.plugins.load_endpoint_plugins", lambda _: [DepthEndpoints()])
-    endpoint_plugins.interface.attach_endpoint_plugins(app, ("generate",))
-    init_exception_handler(app)
-    app.state.depth = depth
-    for name in ("chat", "completion", "responses"):
-        setattr(app.state, f"openai_serving_{name}", seen)
-    return app, seen
-
-
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[TestClient, Seen]]:
     app, seen = build(serve(), monkeypatch)
     with TestClient(app) as client:
         yield client, seen
-
-
-def post(client: TestClient, path: str, body: dict[str, Any]) -> Any:
-    """POST JSON in which NaN and Infinity survive."""
-    headers = {"content-type": "application/json"}
-    return client.post(path, content=json.dumps(body), headers=headers)
-
-
-def assert_refused(answer: Any, field: str) -> None:
-    assert answer.status_code == 400, answer.text
-    error = answer.json()["error"]
-    assert error["param"] == field
-    assert field in error["message"]
-    assert error["type"] == "BadRequestError"
-    assert error["code"] == 400
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -108,10 +50,40 @@ def test_good_values_reach_vllms_handler(served: tuple[TestClient, Seen], path: 
         assert {k: getattr(request, k) for k in DEPTH_FIELDS} == controls
 
 
-def test_responses_cannot_return_depths(served: tuple[TestClient, Seen]) -> None:
+EFFORTS = {
+    "/v1/chat/completions": {"reasoning_effort": "low"},
+    "/v1/completions": {"reasoning_effort": "low"},
+    "/v1/responses": {"reasoning": {"effort": "low"}},
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_every_intent_reaches_vllms_handler(served: tuple[TestClient, Seen], path: str) -> None:
+    client, seen = served
+    for intent in ({}, {"model": "m@fast"}, EFFORTS[path], {"depth_preset": "fast"}):
+        assert post(client, path, BODIES[path] | intent).status_code == 418
+    resolved = [request.resolved for request in seen.requests]
+    assert [r.source for r in resolved] == ["default", "alias", "reasoning_effort", "preset"]
+    assert [r.params.exit_threshold for r in resolved] == [1.0, 0.3, 0.3, 0.3]
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_contradictions_are_refused(served: tuple[TestClient, Seen], path: str) -> None:
+    client, seen = served
+    two_presets = {"model": "m@fast", "depth_preset": "full"}
+    assert_refused(post(client, path, BODIES[path] | two_presets), "depth_preset")
+    two_values = {"exit_threshold": 0.5, "depth_preset": "full"}
+    assert_refused(post(client, path, BODIES[path] | two_values), "exit_threshold")
+    assert not seen.requests
+
+
+@pytest.mark.parametrize("field", ["return_depths", "return_exit_cdf"])
+def test_responses_cannot_say_anything_of_every_token(
+    served: tuple[TestClient, Seen], field: str
+) -> None:
     client, _ = served
-    body = BODIES["/v1/responses"] | {"return_depths": True}
-    assert_refused(post(client, "/v1/responses", body), "return_depths")
+    body = BODIES["/v1/responses"] | {field: True}
+    assert_refused(post(client, "/v1/responses", body), field)
 
 
 @pytest.mark.parametrize("path", REFUSING)
@@ -119,6 +91,10 @@ def test_endpoints_that_know_no_depth_refuse_it(served: tuple[TestClient, Seen],
     client, _ = served
     for extra in ({"exit_threshold": 0.5}, {"vllm_xargs": {"exit_threshold": 0.5}}):
         assert_refused(post(client, path, REFUSING[path] | extra), "exit_threshold")
+    for extra in ({"depth_preset": "fast"}, {"priority_class": "batch"}):
+        assert_refused(post(client, path, REFUSING[path] | extra), *extra)
+    assert_refused(post(client, path, REFUSING[path] | {"model": "m@fast"}), "model")
+    assert "model" not in post(client, path, REFUSING[path]).text
 
 
 def test_malformed_requests_are_vllms_to_refuse(served: tuple[TestClient, Seen]) -> None:

@@ -1,0 +1,68 @@
+"""Our routes on vLLM's app, with handlers that need no engine."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from vllm.entrypoints.generate.api_router import register_generate_api_routers
+from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.plugins import endpoint_plugins
+
+from ouro_server.plugin import DepthEndpoints
+from ouro_server.served import ServedDepth
+from ouro_server.vllm_api import create_error_response
+
+BODIES = {
+    "/v1/chat/completions": {"model": "m", "messages": [{"role": "user", "content": "hi"}]},
+    "/v1/completions": {"model": "m", "prompt": "hi"},
+    "/v1/responses": {"model": "m", "input": "hi"},
+}
+
+
+class Seen:
+    """A handler that notes the request it is given and answers 418."""
+
+    def __init__(self) -> None:
+        self.requests: list[Any] = []
+
+    async def take(self, request: Any, raw_request: Any = None) -> Any:
+        self.requests.append(request)
+        error = create_error_response("seen")
+        error.error.code = 418
+        return error
+
+    create_chat_completion = create_completion = create_responses = take
+
+
+def build(depth: ServedDepth | None, monkeypatch: pytest.MonkeyPatch) -> tuple[FastAPI, Seen]:
+    """vLLM's app with our plugin attached the way vLLM attaches it."""
+    app, seen = FastAPI(), Seen()
+    app.state.args = SimpleNamespace(log_error_stack=False)
+    register_generate_api_routers(app)
+    monkeypatch.setattr("vllm.plugins.load_endpoint_plugins", lambda _: [DepthEndpoints()])
+    endpoint_plugins.interface.attach_endpoint_plugins(app, ("generate",))
+    init_exception_handler(app)
+    app.state.depth = depth
+    for name in ("chat", "completion", "responses"):
+        setattr(app.state, f"openai_serving_{name}", seen)
+    return app, seen
+
+
+def post(client: TestClient, path: str, body: dict[str, Any]) -> Any:
+    """POST JSON in which NaN and Infinity survive."""
+    headers = {"content-type": "application/json"}
+    return client.post(path, content=json.dumps(body), headers=headers)
+
+
+def assert_refused(answer: Any, field: str) -> None:
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == field
+    assert field in error["message"]
+    assert error["type"] == "BadRequestError"
+    assert error["code"] == 400
