@@ -59,7 +59,9 @@ class Browser:
 
     def text(self, css: str) -> str:
         """The text that is shown of an element; empty if there is none."""
-        return self.script("return document.querySelector(arguments[0])?.innerText ?? ''", css)
+        # Of what is not shown, innerText would be the text that is hidden.
+        find = "const found = document.querySelector(arguments[0]);"
+        return self.script(f"{find} return found?.checkVisibility() ? found.innerText : ''", css)
 
     def click(self, css: str) -> None:
         """Click where a user would."""

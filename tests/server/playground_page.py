@@ -33,6 +33,14 @@ for (const [name, value] of Object.entries(values)) {
 """
 """Arguments: a pane, and values by control. Moves its sliders, as a hand would."""
 
+SCROLLED_ABOVE_QUESTION = """
+const control = document.querySelector(arguments[0]);
+control.scrollIntoView({block: "end"});
+const question = document.querySelector("#composer").getBoundingClientRect();
+return control.getBoundingClientRect().bottom <= question.top;
+"""
+"""Argument: a control. Whether the question leaves it in sight when it is scrolled to."""
+
 CONTRASTS = """
 const paint = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
 const rgb = (colours) => {

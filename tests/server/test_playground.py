@@ -12,7 +12,7 @@ import pytest
 
 from tests.server.browser import CHROMIUM, DRIVER, ENTER, ESCAPE, RIGHT, TAB, Browser, browse
 from tests.server.live import KEY, LOOPS, Live
-from tests.server.playground_page import CONTRASTS, SLIDE, TOKENS, ask
+from tests.server.playground_page import CONTRASTS, SCROLLED_ABOVE_QUESTION, SLIDE, TOKENS, ask
 
 pytestmark = [
     pytest.mark.slow,
@@ -220,7 +220,7 @@ def test_a_narrow_window_shows_all_of_it(page: Browser) -> None:
     page.resize(390, 800)
     try:
         assert page.script("return document.documentElement.scrollWidth") == 390
-        page.click(f"{B} [name=exit_threshold]")
+        assert page.script(SCROLLED_ABOVE_QUESTION, f"{B} [name=exit_threshold]")
     finally:
         page.resize(1280, 800)
 
