@@ -47,13 +47,13 @@ quality: install-dev ## measure answers against loops on the shipped checkpoint
 
 train-mini: install-dev ## train the shipped checkpoint again, in two legs; ARGS=--resume goes on after a kill
 	$(BIN)/python -m ouro_runtime.training --out runs/first $(ARGS)
-	$(BIN)/python -m ouro_runtime.training --out runs/ouro-mini --init runs/first/export --steps 6000 $(ARGS)
+	$(BIN)/python -m ouro_runtime.training --out runs/ouro-mini --init runs/first/export --steps 5000 $(ARGS)
 
-gpu-test: install-dev ## the tests that need an NVIDIA GPU
-	$(BIN)/python -m pytest -m gpu tests $(ARGS)
+gpu-test: install-dev ## on an NVIDIA GPU: kernels compiled, engines on golden data; under 9 minutes
+	$(BIN)/python -m scripts.run_gpu_tests $(ARGS)
 
-gpu-bench: install-dev ## check and time the kernels on an NVIDIA GPU
-	$(BIN)/python -m benchmarks.kernels $(ARGS)
+gpu-bench: install-dev ## on an NVIDIA GPU: golden tokens, decode speed, kernels; under 9 minutes
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean: ## remove .venv and what tools left behind
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,20 +1,26 @@
-"""Decode speed on a GPU: `make gpu-bench`, or `python -m benchmarks.gpu`.
+"""Everything that is measured on a GPU: `make gpu-bench`, or `python -m benchmarks.gpu`.
 
-First the golden checkpoints in float32, whose greedy tokens must come out as recorded. Then
-Ouro-1.4B's shape with random bf16 weights: decode tokens/s by batch and context, at full depth and
-at forced mean depths, beside the stock model of `benchmarks.baseline` on the same GPU. Ends inside
-nine minutes: what does not fit any more is named in the result. Writes
-`benchmarks/results/gpu-<name>.json`.
+- `golden`: the golden checkpoints in float32, whose greedy tokens must come out as recorded. If
+  they do not, nothing else is measured.
+- `decode`: Ouro-1.4B's shape with random bf16 weights: decode tokens/s by batch and context, at
+  full depth and at forced mean depths, beside the stock model of `benchmarks.baseline` on the same
+  GPU. Written to `benchmarks/results/gpu-<name>.json`.
+- `kernels`: `benchmarks.kernels`, which writes a file of its own.
+
+Ends inside nine minutes whatever happens: nothing is begun after `BEGIN` seconds, what still runs
+after `END` is killed, and what was left out is named.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -22,8 +28,12 @@ from typing import Any
 from benchmarks.random_checkpoint import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 510
-"""Seconds after which nothing new is begun."""
+PARTS = ("golden", "decode", "kernels")
+BEGIN, END = 460, 525
+"""Seconds after which nothing new is begun, and after which whatever runs is killed."""
+
+FOR_BASELINE = 130
+"""Of `BEGIN`, the seconds that ours leaves to the baseline's start and its eight rows."""
 
 BATCHES = (1, 8, 32, 128)
 CONTEXTS = (128, 1024)
@@ -32,10 +42,18 @@ SAFE = 5e-3
 """Golden cases with a closer decision are not held against another order of summation."""
 
 
-class Child:
-    """A process that holds one engine (`benchmarks.gpu_worker`); JSON lines in and out."""
+class EngineGoneError(RuntimeError):
+    """The process that held the engine has ended, or was killed because its time was up."""
 
-    def __init__(self, kind: str, folder: str) -> None:
+
+class Child:
+    """A process that holds one engine (`benchmarks.gpu_worker`); JSON lines in and out.
+
+    Args:
+        end: when it is killed, on the clock of `time.monotonic`.
+    """
+
+    def __init__(self, kind: str, folder: str, end: float) -> None:
         environment = os.environ | {
             "HF_HUB_OFFLINE": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -53,9 +71,12 @@ class Child:
             stdout=subprocess.PIPE,
             text=True,
         )
+        self._killer = threading.Timer(max(0.0, end - time.monotonic()), self.process.kill)
+        self._killer.daemon = True
+        self._killer.start()
 
     def ask(self, **request: Any) -> Any:
-        """One request, one reply. Raises RuntimeError if the process is gone."""
+        """One request, one reply. Raises EngineGoneError if the process is gone."""
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
             print(json.dumps(request), file=self.process.stdin, flush=True)
@@ -63,7 +84,7 @@ class Child:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise RuntimeError(f"the engine died while asked for {request.get('command')}")
+            raise EngineGoneError(f"the engine was gone when asked for {request.get('command')}")
         return json.loads(line)
 
     def close(self) -> None:
@@ -74,6 +95,8 @@ class Child:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        finally:
+            self._killer.cancel()
 
 
 def roofline(bandwidth: float, mean: float) -> float:
@@ -84,7 +107,7 @@ def roofline(bandwidth: float, mean: float) -> float:
     return bandwidth / (mean * loop + 2 * hidden * c["vocab_size"])
 
 
-def golden(result: dict[str, Any]) -> bool:
+def golden(result: dict[str, Any], end: float) -> bool:
     """Greedy tokens and depths of the golden checkpoints, in float32. False: they differ."""
     folder = ROOT / "tests" / "golden"
     for name in ("t4-mha", "t6-gqa"):
@@ -100,7 +123,7 @@ def golden(result: dict[str, Any]) -> bool:
                 if min(run["min_logit_margin"], run["min_cdf_margin"]) >= SAFE:
                     cases.append([record["prompt"], len(run["tokens"]), fields])
                     wanted.append([run["tokens"], run["depths"]])
-        child = Child("golden", str(folder / name))
+        child = Child("golden", str(folder / name), end)
         try:
             got = child.ask(command="generate", cases=cases)
         finally:
@@ -135,9 +158,9 @@ def write_config(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def measure(kind: str, folder: str, result: dict[str, Any], deadline: float) -> None:
-    """All rows of one engine, cheapest first."""
-    child = Child(kind, folder)
+def measure(kind: str, folder: str, result: dict[str, Any], begin: float, end: float) -> None:
+    """All rows of one engine, cheapest first; those not begun until `begin` are skipped."""
+    child = Child(kind, folder, end)
     try:
         result["machine"] = child.ask(command="describe")
         bandwidth = result["machine"]["copy_bytes_per_second"]
@@ -147,7 +170,7 @@ def measure(kind: str, folder: str, result: dict[str, Any], deadline: float) -> 
                 for mean in MEANS if kind == "ours" else (4.0,):
                     row: dict[str, Any] = {"engine": kind, "batch": batch, "context": context}
                     row["depth"] = mean
-                    if time.monotonic() > deadline:
+                    if time.monotonic() > begin:
                         row["skipped"] = "out of time"
                     else:
                         row |= child.ask(
@@ -161,6 +184,9 @@ def measure(kind: str, folder: str, result: dict[str, Any], deadline: float) -> 
                         row["of_roofline"] = row["rate"] / roofline(bandwidth, mean)
                     result["rows"].append(row)
                     print(json.dumps(row), flush=True)
+    except EngineGoneError as error:
+        result["stopped"].append(f"{kind}: {error}")
+        print(result["stopped"][-1], flush=True)
     finally:
         child.close()
 
@@ -182,29 +208,58 @@ def compare(rows: list[dict[str, Any]]) -> None:
             row["of_bound"] = row["rate"] / full["ours", *place] / (4 / row["depth"])
 
 
-def main() -> int:
-    import torch
-
-    if not torch.cuda.is_available():
-        print("No CUDA device: the GPU benchmark needs one.")
-        return 1
-    deadline = time.monotonic() + LIMIT
-    result: dict[str, Any] = {"golden": {}, "rows": []}
-    if not golden(result):
-        print("Tokens differ from the golden data: nothing is measured.")
-        return 1
+def decode(result: dict[str, Any], start: float) -> None:
+    """Measure both engines, and write what there is."""
     with tempfile.TemporaryDirectory() as folder:
         write_config(Path(folder))
-        # Ours may use all the time but what the baseline's eight rows take.
-        measure("ours", folder, result, deadline - 130)
-        measure("baseline", folder, result, deadline)
+        measure("ours", folder, result, start + BEGIN - FOR_BASELINE, start + END)
+        measure("baseline", folder, result, start + BEGIN, start + END)
     compare(result["rows"])
-    name = re.sub(r"[^a-z0-9]+", "-", result["machine"]["gpu"].lower()).strip("-")
+    gpu = result["machine"].get("gpu", "unknown")
+    name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     path = ROOT / "benchmarks" / "results" / f"gpu-{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written to {path.relative_to(ROOT)}")
-    return 0
+    print(f"written to {path.relative_to(ROOT)}", flush=True)
+
+
+def kernels(start: float) -> bool:
+    """Time the kernels until `END`; False if one disagrees with its reference, or time is up."""
+    left = start + END - time.monotonic()
+    # The slowest case begun last still has to end.
+    command = [sys.executable, "-m", "benchmarks.kernels", "--seconds", f"{left - 15:.0f}"]
+    if left > 30:
+        try:
+            return subprocess.run(command, cwd=ROOT, timeout=left).returncode == 0
+        except subprocess.TimeoutExpired:
+            pass
+    print("Out of time for the kernels: make gpu-bench ARGS='--parts kernels'")
+    return False
+
+
+def main(arguments: list[str] | None = None) -> int:
+    import torch
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
+    parts = parser.parse_args(arguments).parts
+    if not torch.cuda.is_available():
+        print("No CUDA device: the GPU benchmark needs one.")
+        return 1
+    start = time.monotonic()
+    result: dict[str, Any] = {"golden": {}, "machine": {}, "rows": [], "stopped": []}
+    try:
+        right = "golden" not in parts or golden(result, start + END)
+    except EngineGoneError as error:
+        print(f"golden: {error}")
+        return 1
+    if not right:
+        print("Tokens differ from the golden data: nothing is measured.")
+        return 1
+    if "decode" in parts:
+        decode(result, start)
+    agreed = "kernels" not in parts or kernels(start)
+    return 0 if agreed and not result["stopped"] else 1
 
 
 if __name__ == "__main__":

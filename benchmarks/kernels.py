@@ -4,17 +4,20 @@ Each row is timed only after its result agreed with the reference on the same in
 kernels for the same work, where it has any, only after theirs agreed. The floor is the bytes a call
 must move over the bandwidth of a large copy measured here. Caches are cold (flushed before every
 call), launch overhead on the host is hidden behind the flush. Writes
-`benchmarks/results/kernels-<gpu>.json`. Without a GPU, `--check` runs the agreement part at a small
-size in Triton's interpreter.
+`benchmarks/results/kernels-<gpu>.json`. With `--seconds` nothing is begun after so many, and what
+was left out is named. Without a GPU, `--check` runs the agreement part at a small size in Triton's
+interpreter.
 """
 
 import argparse
 import importlib
 import json
+import math
 import os
 import platform
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -226,7 +229,7 @@ def benchmark_cases() -> Iterator[Case]:
         yield from (case for case in cases(short) if case.op == "standin_fill")
 
 
-def _report(rows: list[dict[str, Any]], bandwidth: float) -> Path:
+def _report(rows: list[dict[str, Any]], left_out: list[str], bandwidth: float) -> Path:
     import triton
 
     gpu = torch.cuda.get_device_name()
@@ -243,6 +246,7 @@ def _report(rows: list[dict[str, Any]], bandwidth: float) -> Path:
         "copy_gb_per_s": round(bandwidth / 1e9, 1),
         "quantiles": ["p20", "p50", "p80"],
         "rows": rows,
+        "left_out": left_out,
     }
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     path = ROOT / "benchmarks" / "results" / f"kernels-{name}.json"
@@ -274,7 +278,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare with the reference only")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="begin nothing after this long"
+    )
     options = parser.parse_args(arguments)
+    deadline = time.monotonic() + options.seconds
     if not torch.cuda.is_available():
         if options.check:
             return check_without_gpu()
@@ -283,11 +291,14 @@ def main(arguments: list[str] | None = None) -> int:
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e9:.0f} GB/s")
     print(f"{'kernel':<28} rows  ctx  floor us    p20    p50    p80  over floor   vLLM p50")
-    rows, failed = [], 0
+    rows, left_out, failed = [], [], 0
     for case in benchmark_cases():
         if options.only not in case.function:
             continue
         name = f"{case.function} {case.variant}".strip()
+        if time.monotonic() > deadline:
+            left_out.append(f"{name}, {case.shape.rows} rows, context {case.shape.context}")
+            continue
         try:
             if options.check:
                 verify(case, torch.device("cuda"))
@@ -304,8 +315,10 @@ def main(arguments: list[str] | None = None) -> int:
             f"{name:<28} {row['rows']:>4} {row['context']:>4} {row['floor_us']:>9} {p20:>6}"
             f" {p50:>6} {p80:>6} {row['over_floor']:>11}   {other}"
         )
+    for what in left_out:
+        print(f"out of time: {what}")
     if rows:
-        print(f"written to {_report(rows, bandwidth).relative_to(ROOT)}")
+        print(f"written to {_report(rows, left_out, bandwidth).relative_to(ROOT)}")
     return 1 if failed else 0
 
 

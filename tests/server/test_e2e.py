@@ -33,6 +33,31 @@ def test_depths_come_only_when_asked_for(live: Live) -> None:
     assert answer.usage.depth["loops_run"] == LOOPS * answer.usage.completion_tokens
 
 
+def test_the_gates_cdf_is_as_long_as_the_depth_and_the_same_in_a_stream(
+    live: Live, depth: dict[str, Any]
+) -> None:
+    asked = {"return_exit_cdf": True}
+    choice = chat(live, depth, extra_body=asked).choices[0]
+    assert [len(cdf) for cdf in choice.exit_cdf] == choice.depths
+    for cdf in choice.exit_cdf:
+        assert cdf == sorted(cdf)
+        assert cdf[0] >= 0
+        assert cdf[-1] == 1 if len(cdf) == LOOPS else cdf[-1] <= 1
+        assert cdf[-1] >= depth.get("exit_threshold", 1)
+    streamed: list[list[float]] = []
+    for chunk in live.client.chat.completions.create(
+        model=live.model,
+        messages=ASK,
+        max_tokens=16,
+        temperature=0,
+        stream=True,
+        extra_body=depth | asked,
+    ):
+        for part in chunk.choices:
+            streamed += getattr(part, "exit_cdf", None) or []
+    assert streamed == choice.exit_cdf
+
+
 def test_a_threshold_of_zero_leaves_at_the_first_loop(live: Live) -> None:
     depths = chat(live, {"exit_threshold": 0}).choices[0].depths
     assert set(depths) == {1}
