@@ -106,6 +106,9 @@ def plan(build: str, dev: bool = False, project: bool = True) -> list[Step]:
         steps.append(listed("dev", "test and check tools", "--no-deps"))
         if build == "cpu":
             steps.append(listed("kernels", "triton, for kernel tests", "--no-deps"))
+            files = ("requirements/kernels-oldest.txt",)
+            says = "the oldest triton that kernels are tested with"
+            steps.append(Step("kernels-oldest", says, files, pip_oldest_triton))
     if project:
         files = ("pyproject.toml", "ouro_runtime/__init__.py")
         steps.append(Step("project", "Ouro Serve itself (editable)", files, pip_project))
@@ -216,6 +219,13 @@ def pip_torch(venv: Path) -> None:
         stop(
             f"pip found {torch} built for CUDA {cuda} only, not a CPU build.\nFix: {CPU_TORCH_HELP}"
         )
+
+
+def pip_oldest_triton(venv: Path) -> None:
+    """Into a folder of its own: a venv holds one triton, and the kernels are tested with two."""
+    folder = venv / "triton-oldest"
+    shutil.rmtree(folder, ignore_errors=True)
+    pip(venv, "--no-deps", "--target", str(folder), "-r", "requirements/kernels-oldest.txt")
 
 
 def pip_project(venv: Path) -> None:

@@ -1,12 +1,14 @@
 """Runs the whole test suite: quick folders first, then kernels, then what starts engines.
 
 Each stage is a pytest process of its own. The kernels need one: on a machine without a GPU their
-tests set TRITON_INTERPRET=1, which triton reads when it is imported, and vLLM imports it too. All
-stages run even if one fails; the exit status says whether any did.
+tests set TRITON_INTERPRET=1, which triton reads when it is imported, and vLLM imports it too. They
+run twice, with the newest and with the oldest triton. All stages run even if one fails; the exit
+status says whether any did.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -15,6 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ENGINES = ("benchmarks", "engine", "observability", "server")
 """Folders of tests/ that start vLLM engines, and so come last."""
+
+OLDEST_TRITON = Path(sys.prefix) / "triton-oldest"
+"""Where scripts/install.py puts it; a CUDA build has one triton only, and no such folder."""
 
 NOT_TESTS = ("golden",)
 NO_TESTS = 5
@@ -37,14 +42,28 @@ def stages(tests: Path) -> dict[str, list[str]]:
     return {name: [str(tests / path) for path in paths] for name, paths in plan.items() if paths}
 
 
+def runs(plan: dict[str, list[str]], oldest: Path) -> list[tuple[str, list[str], dict[str, str]]]:
+    """(name, paths, environment) of each pytest process of the stages `plan`."""
+    here = dict(os.environ)
+    processes = []
+    for name, paths in plan.items():
+        processes.append((name, paths, here))
+        if name == "kernels" and oldest.is_dir():
+            path = os.pathsep.join([str(oldest), *filter(None, [here.get("PYTHONPATH")])])
+            processes.append(("kernels (oldest triton)", paths, here | {"PYTHONPATH": path}))
+    return processes
+
+
 def main(arguments: list[str]) -> int:
     """Run every stage with `arguments` for pytest; 1 if any failed."""
     closings = []
-    for name, paths in stages(ROOT / "tests").items():
+    for name, paths, environment in runs(stages(ROOT / "tests"), OLDEST_TRITON):
         print(f"\n== {name} tests", flush=True)
         started = time.monotonic()
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-m", "not gpu", *arguments, *paths], cwd=ROOT
+            [sys.executable, "-m", "pytest", "-m", "not gpu", *arguments, *paths],
+            cwd=ROOT,
+            env=environment,
         )
         passed = done.returncode in (0, NO_TESTS)
         closings.append((name, passed, time.monotonic() - started))

@@ -50,6 +50,12 @@ if not ON_GPU:
     _bind_interpreter()
 
 
+def pytest_report_header() -> str:
+    import triton
+
+    return f"triton {triton.__version__}, {'compiled' if ON_GPU else 'interpreted'}"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if ON_GPU:
         return

@@ -36,6 +36,22 @@ def test_matches_the_reference(rows, hidden, dtype, device):
     check_against_reference("exit_gate", "exit_gate", **state)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 33])
+@pytest.mark.parametrize("kind", ["none", "all", "ragged"])
+def test_exits(kind, rows, device):
+    """Nobody leaves, everybody does, or some do."""
+    state = _state(rows, 64, torch.float32, device)
+    rises = torch.arange(rows, device=device) % 3 == 0
+    leaving = {"none": rises & False, "all": rises | True, "ragged": rises}[kind]
+    state["loop"] = torch.zeros_like(state["loop"])
+    state["min_loops"] = torch.ones_like(state["loop"])
+    state["max_loops"] = torch.full_like(state["loop"], T)
+    state["threshold"] = torch.where(leaving, 0.0, 1.0)
+    exits, reads = check_against_reference("exit_gate", "exit_gate", **state)
+    assert torch.equal(exits, leaving)
+    assert torch.equal(reads, leaving)
+
+
 def test_masks_and_strided_states(device):
     state = _state(61, 123, torch.bfloat16, device)
     state["h"] = strided_rows(state["h"])

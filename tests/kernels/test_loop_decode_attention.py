@@ -64,8 +64,10 @@ def test_matches_the_reference(q_heads, kv_heads, dtype, num_splits, device):
 
 @pytest.mark.parametrize("layout", ["HND", "NHD", "split"])
 @pytest.mark.parametrize(("q_heads", "kv_heads"), HEADS[:2])
-def test_fp8_layouts_and_odd_heads(layout, q_heads, kv_heads, device):
-    kwargs = _inputs([19, 0, 70], q_heads, kv_heads, 24, torch.bfloat16, device, layout, fp8=True)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_layouts_strides_and_odd_heads(layout, q_heads, kv_heads, fp8, device):
+    kwargs = _inputs([19, 0, 70], q_heads, kv_heads, 24, torch.bfloat16, device, layout, fp8)
+    kwargs["block_table"] = strided_rows(kwargs["block_table"])
     kwargs["q"] = strided_rows(kwargs["q"])
     kwargs["out"] = strided_rows(torch.randn(3, q_heads, 24, device=device).bfloat16())
     check_against_reference(

@@ -11,12 +11,14 @@ import pytest
 
 from scripts import install
 
+LISTS = ("cpu.txt", "cuda.txt", "dev.txt", "kernels.txt", "kernels-oldest.txt")
+
 
 @pytest.fixture
 def done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The installer's doings, in a project of files only; no pip is run."""
     log: list[str] = []
-    for name in ("cpu.txt", "torch-cpu.txt", "cuda.txt", "dev.txt", "kernels.txt"):
+    for name in (*LISTS, "torch-cpu.txt"):
         file = tmp_path / "requirements" / name
         file.parent.mkdir(exist_ok=True)
         file.write_text("torch==1.2.3\n" if name == "torch-cpu.txt" else "")
@@ -74,6 +76,7 @@ def test_dev_adds_its_lists_and_serving_needs_them_no_more(tmp_path: Path, done:
     assert done == [
         "--no-deps -r requirements/dev.txt",
         "--no-deps -r requirements/kernels.txt",
+        f"--no-deps --target {tmp_path}/venv/triton-oldest -r requirements/kernels-oldest.txt",
     ]
     done.clear()
     run(tmp_path)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.run_tests import ENGINES, stages
+from scripts.run_tests import ENGINES, runs, stages
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -104,3 +104,12 @@ def test_stages_keep_kernels_apart_and_engines_last(tmp_path: Path) -> None:
     assert plan["quick"] == [str(tmp_path / "test_loose.py"), str(tmp_path / "model")]
     assert plan["kernels"] == [str(tmp_path / "kernels")]
     assert plan["engines"] == [str(tmp_path / name) for name in ENGINES]
+
+
+def test_kernels_run_again_with_the_oldest_triton(tmp_path: Path) -> None:
+    plan = {"quick": ["a"], "kernels": ["k"], "engines": ["e"]}
+    assert [name for name, _, _ in runs(plan, tmp_path / "none")] == list(plan)
+    found = runs(plan, tmp_path)
+    assert [paths for _, paths, _ in found] == [["a"], ["k"], ["k"], ["e"]]
+    first = [e.get("PYTHONPATH", "").split(os.pathsep)[0] == str(tmp_path) for _, _, e in found]
+    assert first == [False, False, True, False]

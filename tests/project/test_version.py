@@ -124,3 +124,8 @@ def test_build_system_accepts_the_pinned_setuptools() -> None:
     (line,) = PYPROJECT["build-system"]["requires"]
     assert Requirement(line).specifier.contains(CPU["setuptools"])
     assert CUDA["setuptools"] == CPU["setuptools"]
+
+
+def test_kernels_are_tested_with_the_tritons_they_are_written_for() -> None:
+    tritons = [pins(f"{name}.txt")["triton"] for name in ("kernels-oldest", "kernels")]
+    assert [version.rpartition(".")[0] for version in tritons] == ["3.6", "3.9"]
