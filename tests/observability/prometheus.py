@@ -37,6 +37,13 @@ class Prometheus:
         found = [float(one["value"][1]) for one in self.get("query", query=expression)["result"]]
         return [value for value in found if not math.isnan(value)]
 
+    def wait_for_a_scrape(self) -> None:
+        """Return when the target has been read; it is taken up some seconds after the start."""
+        deadline = time.monotonic() + READY_SECONDS
+        while self.values("up") != [1.0]:
+            assert time.monotonic() < deadline, self.get("targets")
+            time.sleep(0.2)
+
     def names(self) -> set[str]:
         """Every metric it has seen."""
         return set(self.get("label/__name__/values"))
