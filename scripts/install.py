@@ -106,9 +106,9 @@ def plan(build: str, dev: bool = False, project: bool = True) -> list[Step]:
         steps.append(listed("dev", "test and check tools", "--no-deps"))
         if build == "cpu":
             steps.append(listed("kernels", "triton, for kernel tests", "--no-deps"))
-            files = ("requirements/kernels-oldest.txt",)
+            oldest = ("requirements/kernels-oldest.txt",)
             says = "the oldest triton that kernels are tested with"
-            steps.append(Step("kernels-oldest", says, files, pip_oldest_triton))
+            steps.append(Step("kernels-oldest", says, oldest, pip_oldest_triton))
     if project:
         files = ("pyproject.toml", "ouro_runtime/__init__.py")
         steps.append(Step("project", "Ouro Serve itself (editable)", files, pip_project))

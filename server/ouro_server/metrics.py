@@ -5,6 +5,7 @@ Depth by token, request, pass and step is counted in `ouro_runtime/metrics.py`, 
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
@@ -98,10 +99,14 @@ class ServerMetrics:
 
     def watch(self, defaults: Defaults) -> None:
         """From now on export the thresholds that `defaults` has in force, as of each scrape."""
+
+        def threshold(name: str) -> float:
+            return defaults.for_class(name).exit_threshold
+
         for name, gauge in self._thresholds.items():
             # Several API processes export values, not functions; there the defaults never change.
-            gauge.set(defaults.for_class(name).exit_threshold)
-            gauge.set_function(lambda name=name: defaults.for_class(name).exit_threshold)
+            gauge.set(threshold(name))
+            gauge.set_function(partial(threshold, name))
 
     def show_controller(self, active: bool, target: float) -> None:
         """Whether the controller runs, and for what target in seconds."""

