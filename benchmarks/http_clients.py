@@ -31,8 +31,10 @@ MEANS = (4.0, 2.5)
 
 
 @contextmanager
-def server(model: Path, dtype: str, *options: str) -> Iterator[tuple[str, int]]:
-    """`ouro-serve` on a free port: its address and process group. `options` come last and win."""
+def server(
+    model: Path, dtype: str, *options: str, seats: int = CLIENTS
+) -> Iterator[tuple[str, int]]:
+    """`ouro-serve` on a free port with `seats` seats: its address and process group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -40,7 +42,7 @@ def server(model: Path, dtype: str, *options: str) -> Iterator[tuple[str, int]]:
     command = [
         *(sys.executable, "-m", "ouro_server", str(model), "--port", str(port)),
         *("--host", "127.0.0.1", "--dtype", dtype, "--max-model-len", "512"),
-        *("--max-num-seqs", str(CLIENTS), "--max-num-batched-tokens", "4096"),
+        *("--max-num-seqs", str(seats), "--max-num-batched-tokens", "4096"),
         *("--no-enable-prefix-caching", "--disable-uvicorn-access-log"),
         *options,
     ]

@@ -27,6 +27,7 @@ from benchmarks.engines import ROOT
 from benchmarks.http_clients import server
 from benchmarks.load_client import CLASSES, Question, closed_loop, open_loop, questions, session
 from benchmarks.load_report import by_class, figures, markdown
+from ouro_runtime.training.tasks import FAMILIES
 from ouro_server.presets import SHIPPED, PresetBook
 
 MINI = ROOT / "ouro_runtime/checkpoints/ouro-mini"
@@ -102,19 +103,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     tok = Tokenizer.from_file(str(args.model / "tokenizer.json"))
     loops = json.loads((args.model / "config.json").read_text())["total_ut_steps"]
     floors = dict(PresetBook.load(SHIPPED, loops).floors)
-    options = ["--max-num-seqs", str(args.seats), "--stream-interval", str(args.interval)]
+    options = ["--stream-interval", str(args.interval)]
     began = time.monotonic()
-    with server(args.model, "float32", *options) as (address, _):
-        few = questions(args.calibration, tok, args.seed + 1)
+    with server(args.model, "float32", *options, seats=args.seats) as (address, _):
+        few = questions(args.calibration, tok, args.seed + 1, args.families)
         calibration = asyncio.run(calibrate(address, few, args.seats, floors))
         full, floor = (calibration[k]["requests_per_second"] for k in ("full", "floors"))
         rate = args.rate or (full + floor) / 2
         idle_ms, full_ms = (calibration[k]["tpot_p95_ms"] for k in ("idle", "full"))
         target = args.target or round(math.sqrt(idle_ms * full_ms), 1)
-        asked = questions(int(rate * args.seconds), tok, args.seed)
+        asked = questions(int(rate * args.seconds), tok, args.seed, args.families)
         print(f"{rate:.1f} requests/s, target {target:g} ms; {json.dumps(calibration)}", flush=True)
         runs = {"off": asyncio.run(run(address, asked, rate, args.seed, steered=False))}
-    with server(args.model, "float32", *options, "--target-tpot-ms", str(target)) as (address, _):
+    options += ["--target-tpot-ms", str(target)]
+    with server(args.model, "float32", *options, seats=args.seats) as (address, _):
         asyncio.run(closed_loop_once(address, few, args.seats))
         runs["on"] = asyncio.run(run(address, asked, rate, args.seed, steered=True))
     return {
@@ -144,9 +146,10 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--model", type=Path, default=MINI)
     p.add_argument("--seconds", type=float, default=90.0, help="of load, in each run")
-    p.add_argument("--seats", type=int, default=32, help="requests the engine runs at once")
-    p.add_argument("--interval", type=int, default=1, help="tokens per stream event")
-    p.add_argument("--calibration", type=int, default=400, help="requests per calibration")
+    p.add_argument("--families", nargs="+", choices=FAMILIES, default=["mod"])
+    p.add_argument("--seats", type=int, default=64, help="requests the engine runs at once")
+    p.add_argument("--interval", type=int, default=8, help="tokens per stream event")
+    p.add_argument("--calibration", type=int, default=600, help="requests per calibration")
     p.add_argument("--rate", type=float, help="requests per second; default: calibrated")
     p.add_argument("--target", type=float, help="milliseconds per token; default: calibrated")
     p.add_argument("--seed", type=int, default=1)

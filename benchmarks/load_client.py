@@ -51,11 +51,12 @@ class Answer:
         return (self.last - self.first) / (self.tokens - 1) if self.tokens > 1 else None
 
 
-def questions(count: int, tok: Tokenizer, seed: int) -> list[Question]:
-    """Held-out problems of every family and difficulty in random order, with random classes."""
+def questions(count: int, tok: Tokenizer, seed: int, families: Sequence[str]) -> list[Question]:
+    """Held-out problems of all difficulties in random order, with random classes."""
     rng = random.Random(f"load {seed}")
-    cells = len(suite(1))
-    problems = [p for cell in suite(math.ceil(count / cells), seed).values() for p in cell]
+    cells = [cell for cell in suite(0) if cell[0] in families]
+    drawn = suite(math.ceil(count / len(cells)), seed)
+    problems = [problem for cell in cells for problem in drawn[cell]]
     rng.shuffle(problems)
     classes = rng.choices(list(CLASSES), list(CLASSES.values()), k=count)
     chosen = problems[:count]

@@ -58,7 +58,7 @@ class Recipe:
 
 
 CONTINUED = Recipe(
-    muon_lr=0.005, adam_lr=1.5e-3, decay_share=0.8, beta_start=0.05, beta_end=0.05, skip_from=0.3
+    muon_lr=0.005, adam_lr=1.5e-3, decay_share=0.8, beta_start=0.05, beta_end=0.05, skip_from=0.4
 )
 """The second leg: from the first leg's weights, every family at its hardest level from the start,
 half the learning rate, the paper's later entropy weight, and in the end stand-in K/V."""
