@@ -22,7 +22,7 @@ AT_ONCE = 12
 
 
 def with_tokenizer(checkpoint: str, folder: Path) -> Path:
-    """The golden checkpoint beside a tokenizer: a server needs one, whatever it makes of the ids."""
+    """The golden checkpoint beside a tokenizer: a server needs one, whatever its text."""
     weights, tokenizer = Path(CHECKPOINTS[checkpoint]).iterdir(), map(shipped().joinpath, TOKENIZER)
     for source in (*weights, *tokenizer):
         (folder / source.name).symlink_to(source)
