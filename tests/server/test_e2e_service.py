@@ -29,7 +29,8 @@ def test_beam_search_works_but_takes_no_depth(live: Live) -> None:
 
 
 def test_models_tokenize_health_and_depth_answer(live: Live) -> None:
-    assert [model.id for model in live.client.models.list()] == [live.model]
+    aliases = [f"{live.model}@{preset}" for preset in ("fast", "balanced", "quality", "full")]
+    assert [model.id for model in live.client.models.list()] == [live.model, *aliases]
     tokens = live.http.post("/tokenize", json={"model": live.model, "prompt": "hi"}).json()
     assert tokens["count"] >= 1
     assert live.http.get("/health").status_code == 200
