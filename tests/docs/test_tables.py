@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 from ouro_server.presets import SHIPPED, PresetBook
@@ -20,9 +21,34 @@ def test_operations_explains_every_alert() -> None:
     assert explained == list(of_rules())
 
 
+PRESETS = PresetBook.load(SHIPPED, loops=4).presets
+
+
 def test_depth_shows_the_shipped_presets() -> None:
-    presets = PresetBook.load(SHIPPED, loops=4).presets
-    shown = dict(first_cells("docs/depth.md", "|".join(presets)))
-    assert {name: {"exit_threshold": float(value)} for name, value in shown.items()} == {
-        name: preset.controls for name, preset in presets.items()
+    shown = first_cells("docs/depth.md", "|".join(PRESETS))[: len(PRESETS)]
+    assert [(name, float(value)) for name, value in shown] == [
+        (name, preset.controls["exit_threshold"]) for name, preset in PRESETS.items()
+    ]
+    assert all(list(preset.controls) == ["exit_threshold"] for preset in PRESETS.values())
+
+
+def test_depth_shows_what_each_preset_measured() -> None:
+    """The table of the frontier is that of the kept `make quality` run."""
+    measured = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["results"]
+    skip = {
+        run["exit_threshold"]: run
+        for run in measured
+        if (run["gate"], run["exit_mode"], run["max_loops"]) == ("shipped", "skip", 4)
     }
+    rows = re.findall(
+        rf"^\| `({'|'.join(PRESETS)})` ((?:\| [\d.]+ ){{6}})\|$",
+        (ROOT / "docs/depth.md").read_text(),
+        re.MULTILINE,
+    )
+    assert [name for name, _ in rows] == list(PRESETS)
+    for name, cells in rows:
+        run = skip[PRESETS[name].controls["exit_threshold"]]
+        hardest = {cell["family"]: cell["accuracy"] for cell in run["cells"]}
+        expected = [f"{run['mean_depth']:.2f}", f"{run['accuracy']:.1f}"]
+        expected += [f"{hardest[family]:.1f}" for family in ("sum", "mod", "chain", "cups")]
+        assert cells.strip("| ").split(" | ") == expected
