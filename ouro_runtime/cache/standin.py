@@ -1,5 +1,10 @@
 """Stand-in K/V: the exit loop's K and V in the slots of the deeper loops (mode `skip`).
 
+A token that leaves early owes its deeper loops K/V, and the debt is paid when a cell of a later
+position is about to read it, loop by loop. A loop that nobody reaches again is never filled, and
+positions side by side are filled together, which costs little more than one: in a page they share
+cache lines.
+
 The layout of a page is the attention backend's own (vLLM's CPU kernels keep K transposed, or in
 tiles). So the place of each element is found once by writing a known token to every offset of a
 scratch page; after that a stand-in moves raw elements, whatever the layout.
@@ -46,46 +51,103 @@ def probe_layout(write: WriteToken, block_size: int, head_size: int, dtype: torc
 
 
 @numba.njit(nogil=True)
-def _copy(pages, page, offset, depth, places, loops):  # pragma: no cover (compiled)
-    """`StandIn.fill` on a numpy view of the pages; elements are moved, never interpreted."""
-    held = np.empty(places.shape[1], pages.dtype)
+def _settle(
+    pages, places, depths, filled, slot, loop, limit, table, loops
+):  # pragma: no cover (compiled)
+    """`StandIns.settle` on numpy views; elements are moved, never interpreted."""
+    most = 0
+    for s in range(slot.shape[0]):
+        most += max(0, limit[s] - filled[slot[s], loop[s]])
+    source, target = np.empty(most, np.int64), np.empty(most, np.int64)
+    offset = np.empty(most, np.int64)
+    owed = 0
+    for s in range(slot.shape[0]):
+        done = filled[slot[s], loop[s]]
+        for position in range(done, limit[s]):
+            depth = depths[slot[s], position]
+            if 0 < depth <= loop[s]:
+                page = np.int64(table[s, position // places.shape[0]]) * loops
+                source[owed], target[owed] = page + depth - 1, page + loop[s]
+                offset[owed] = position % places.shape[0]
+                owed += 1
+        filled[slot[s], loop[s]] = max(done, limit[s])
     for layer in range(pages.shape[0]):
-        for cell in range(page.shape[0]):
-            where = places[offset[cell]]
-            for head in range(pages.shape[2]):
-                source = pages[layer, page[cell], head]
+        for head in range(pages.shape[2]):
+            for debt in range(owed):
+                where = places[offset[debt]]
+                held = pages[layer, source[debt], head]
+                filling = pages[layer, target[debt], head]
                 for element in range(where.shape[0]):
-                    held[element] = source[where[element]]
-                for ahead in range(1, loops - depth[cell] + 1):
-                    target = pages[layer, page[cell] + ahead, head]
-                    for element in range(where.shape[0]):
-                        target[where[element]] = held[element]
+                    filling[where[element]] = held[where[element]]
 
 
-class StandIn:
-    """Copies of exit-loop K/V, all layers at once.
+class StandIns:
+    """What requests owe the deeper loops of their positions, and the copies that pay it.
 
     A compiled loop, not tensor indexing: K lies scattered over a page, and index tensors as large
     as what is moved made a fill twice as slow.
 
     Args:
         pages: [L, num_pages, kv_heads, page_elements], the cache of every layer, in memory order.
-        places: as `probe_layout` returns them. loops: T.
+        places: as `probe_layout` returns them. loops: T. positions: the longest request.
     """
 
-    def __init__(self, pages: torch.Tensor, places: torch.Tensor, loops: int) -> None:
+    def __init__(
+        self, pages: torch.Tensor, places: torch.Tensor, loops: int, positions: int
+    ) -> None:
         integer = {1: torch.int8, 2: torch.int16, 4: torch.int32}[pages.element_size()]
         self._pages = pages.view(integer).numpy()
         self._places = places.numpy()
         self._loops = loops
+        # By request slot: the depth of positions in debt, else 0; how far each loop is paid.
+        self._depths = np.zeros((1, positions), np.uint8)
+        self._filled = np.zeros((1, loops), np.int64)
+        self._free = [0]
         none = np.zeros(0, np.int64)
-        _copy(self._pages, none, none, none, self._places, loops)
+        self.settle(none, none, none, np.zeros((0, 1), np.int32))  # compiles
 
-    def fill(self, page: np.ndarray, offset: np.ndarray, depth: np.ndarray) -> None:
-        """Fill loops depth + 1 .. T of cells.
+    def open(self, prompt: int) -> int:
+        """A slot for a request whose `prompt` positions will owe nothing."""
+        if not self._free:
+            held = len(self._depths)
+            self._depths = np.concatenate([self._depths, np.zeros_like(self._depths)])
+            self._filled = np.concatenate([self._filled, np.zeros_like(self._filled)])
+            self._free = list(range(2 * held - 1, held - 1, -1))
+        slot = self._free.pop()
+        self._depths[slot] = 0
+        self.rewind(slot, prompt)
+        return slot
+
+    def rewind(self, slot: int, prompt: int) -> None:
+        """The request's K/V was lost, and will be computed again."""
+        self._filled[slot] = prompt
+
+    def close(self, slot: int) -> None:
+        """The request ended."""
+        self._free.append(slot)
+
+    def owe(self, slot: np.ndarray, pos: np.ndarray, depth: np.ndarray) -> None:
+        """Positions [M] of request slots [M] left at `depth` [M], 1-based."""
+        self._depths[slot, pos] = depth
+
+    def settle(
+        self, slot: np.ndarray, loop: np.ndarray, limit: np.ndarray, table: np.ndarray
+    ) -> None:
+        """Fill what cells that are about to run will read.
 
         Args:
-            page: [M] int64, physical pages of the cells' exit loop.
-            offset: [M] int64, position in the page. depth: [M] int64, exit loop, 1-based.
+            slot: [S] int64, request slots. loop: [S] int64, 0-based, the loop the cells run.
+            limit: [S] int64, positions before this one are read.
+            table: [S, B] int32, logical blocks of the requests.
         """
-        _copy(self._pages, page, offset, depth, self._places, self._loops)
+        _settle(
+            self._pages,
+            self._places,
+            self._depths,
+            self._filled,
+            slot,
+            loop,
+            limit,
+            table,
+            self._loops,
+        )

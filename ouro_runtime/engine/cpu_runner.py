@@ -23,7 +23,7 @@ from vllm.v1.outputs import SamplerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from ouro_runtime.cache.pages import LoopPages
-from ouro_runtime.cache.standin import StandIn, probe_layout
+from ouro_runtime.cache.standin import StandIns, probe_layout
 from ouro_runtime.config import LoopConfig, StepReport
 from ouro_runtime.engine.pin import check_parameters
 from ouro_runtime.engine.requests import LoopRequest
@@ -62,9 +62,9 @@ class OuroCPUModelRunner(CPUModelRunner):
         self._block_size = self._group.kv_cache_spec.block_size
         table = self.input_batch.block_table[0]
         assert table.block_size == self._block_size, "kernel blocks differ from logical blocks"
-        self._stand_in = self._make_stand_in(layers)
+        self._stand_ins = self._make_stand_ins(layers)
 
-    def _make_stand_in(self, layers: list[Any]) -> StandIn:
+    def _make_stand_ins(self, layers: list[Any]) -> StandIns:
         caches = [layer.kv_cache for layer in layers]
         first, spec = caches[0], self._group.kv_cache_spec
         pages, heads, block_size, content = first.shape
@@ -85,12 +85,14 @@ class OuroCPUModelRunner(CPUModelRunner):
             (len(caches), pages, heads, elements),
             (stride, heads * elements, elements, 1),
         )
-        return StandIn(flat, places, self.loop_config.loops)
+        return StandIns(flat, places, self.loop_config.loops, self.max_model_len)
 
     # ---- requests -----------------------------------------------------------------------------
 
     def _on_request_state_removed(self, req_id: str, req_state: Any) -> None:
-        self.loop_requests.pop(req_id, None)
+        request = self.loop_requests.pop(req_id, None)
+        if request is not None:
+            self._stand_ins.close(request.slot)
         super()._on_request_state_removed(req_id, req_state)
 
     def _loop_request(self, req_id: str) -> LoopRequest:
@@ -100,6 +102,7 @@ class OuroCPUModelRunner(CPUModelRunner):
             request = LoopRequest.of(
                 state.sampling_params, state.num_prompt_tokens, self.loop_config
             )
+            request.slot = self._stand_ins.open(request.prompt)
             self.loop_requests[req_id] = request
         return request
 
@@ -108,8 +111,10 @@ class OuroCPUModelRunner(CPUModelRunner):
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
         # A request that was preempted is computed again: what it had in flight is void.
         for req_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
-            if req_id in self.loop_requests:
-                self.loop_requests[req_id].carried = []
+            request = self.loop_requests.get(req_id)
+            if request is not None:
+                request.carried = []
+                self._stand_ins.rewind(request.slot, request.prompt)
         self._scheduled = scheduler_output.num_scheduled_tokens
         return super().execute_model(scheduler_output, intermediate_tensors)
 
@@ -139,6 +144,7 @@ class OuroCPUModelRunner(CPUModelRunner):
                 zip(batch.req_ids, self._in_step, strict=True)
             )
         ]
+        self._slots = np.array([request.slot for request in self._in_step], np.int64)
         self._pages = LoopPages(
             batch.block_table[0].block_table.np, self._block_size, self.loop_config.loops
         )
@@ -243,8 +249,18 @@ class OuroCPUModelRunner(CPUModelRunner):
         return tokens, finished
 
     def stand_in(self, req: np.ndarray, pos: np.ndarray, depth: np.ndarray) -> None:
-        page = self._pages.pages(req, pos, depth - 1)
-        self._stand_in.fill(page, pos % self._block_size, depth)
+        self._stand_ins.owe(self._slots[req], pos, depth)
+
+    def settle(self, segments: Segments) -> None:
+        deeper = np.nonzero(segments.loop)[0]
+        if len(deeper):
+            req = segments.req[deeper]
+            self._stand_ins.settle(
+                self._slots[req],
+                segments.loop[deeper],
+                segments.seq_len[deeper].astype(np.int64) - 1,
+                self._pages.block_table[req],
+            )
 
     def margin(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = type(self.model).compute_logits(self.model, hidden)

@@ -18,6 +18,7 @@ class LoopRequest:
         max_tokens: limit on generated tokens. prompt: prompt tokens.
         single: one token per step (a grammar or a thinking budget needs the host in between).
         depths: depth of each token read out so far. carried: rows left over from the last step.
+        slot: where the CPU runner accounts for its stand-ins (`cache/standin.py`).
     """
 
     params: ExitParams
@@ -27,6 +28,7 @@ class LoopRequest:
     single: bool
     depths: list[int] = field(default_factory=list)
     carried: list[Carried] = field(default_factory=list)
+    slot: int = -1
 
     @classmethod
     def of(cls, sampling: Any, prompt: int, config: LoopConfig) -> "LoopRequest":

@@ -1,1 +1,1 @@
-"""When a token has looped enough: gate arithmetic and exit policies, pure functions on tensors."""
+"""When a token has looped enough: gate arithmetic and exit policies, pure functions on arrays."""

@@ -1,13 +1,14 @@
 """Exit policies: from what a pass saw of each row to a score that is held against a threshold.
 
 A policy never decides by itself: `exit_mask` applies the loop limits around every policy in the
-same way, so a new policy is one function that returns scores.
+same way, so a new policy is one function that returns scores. In numpy: between two passes over a
+model's weights the code of torch's dispatcher is cold, and took five times as long.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,9 @@ class ExitSignals:
         delta: [N] float32, ||H[n] - H[n-1]|| / ||H[n]||, infinite at the first loop.
     """
 
-    survival: torch.Tensor
-    margin: torch.Tensor | None = None
-    delta: torch.Tensor | None = None
+    survival: np.ndarray
+    margin: np.ndarray | None = None
+    delta: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -36,22 +37,22 @@ class ExitPolicy:
     """
 
     name: str
-    score: Callable[[ExitSignals], torch.Tensor]
+    score: Callable[[ExitSignals], np.ndarray]
     needs: frozenset[str] = frozenset()
 
 
-def _gate(signals: ExitSignals) -> torch.Tensor:
+def _gate(signals: ExitSignals) -> np.ndarray:
     return 1.0 - signals.survival
 
 
-def _margin(signals: ExitSignals) -> torch.Tensor:
+def _margin(signals: ExitSignals) -> np.ndarray:
     assert signals.margin is not None
     return signals.margin
 
 
-def _delta(signals: ExitSignals) -> torch.Tensor:
+def _delta(signals: ExitSignals) -> np.ndarray:
     assert signals.delta is not None
-    return (1.0 - signals.delta).clamp_min(0.0)
+    return (1.0 - signals.delta).clip(0.0, 1.0)
 
 
 POLICIES = {
@@ -65,13 +66,13 @@ POLICIES = {
 
 
 def exit_mask(
-    score: torch.Tensor,
-    depth: torch.Tensor,
-    threshold: torch.Tensor,
-    min_loops: torch.Tensor,
-    max_loops: torch.Tensor,
+    score: np.ndarray,
+    depth: np.ndarray,
+    threshold: np.ndarray,
+    min_loops: np.ndarray,
+    max_loops: np.ndarray,
     loops: int,
-) -> torch.Tensor:
+) -> np.ndarray:
     """Which rows are read out after this loop (SPEC: Q-exit, with loop limits).
 
     Args:

@@ -38,7 +38,10 @@ class PassRunner(Protocol):
         """Read out and sample states [M, H] of requests [M]: tokens [M], finished [M] bool."""
 
     def stand_in(self, req: np.ndarray, pos: np.ndarray, depth: np.ndarray) -> None:
-        """Copy the K/V of cells at loop `depth` (1-based) into the deeper loops of their slots."""
+        """From now on the K/V of cells at loop `depth` (1-based) stands for their deeper loops."""
+
+    def settle(self, segments: Segments) -> None:
+        """Fill the stand-ins that the cells of the next pass will read."""
 
     def margin(self, hidden: torch.Tensor) -> torch.Tensor:
         """Top-1 minus top-2 probability [N] of the read-out of states [N, H]."""
@@ -127,6 +130,8 @@ class StepExecutor:
             result.rows_by_loop += np.bincount(rows.loop, minlength=self.loops)
             segments = plan.segments()
             lap("plan")
+            runner.settle(segments)
+            lap("stand_in")
             runner.prepare(rows, segments)
             lap("metadata")
             before = hidden
@@ -173,25 +178,23 @@ class StepExecutor:
     ) -> np.ndarray:
         """Update survival and apply the exit rule to every row: [N] bool."""
         rows = plan.rows
-        survival = survive(torch.from_numpy(rows.survival), halt)
-        rows.survival = survival.numpy()
+        rows.survival = survive(rows.survival, halt.numpy())
         margin = delta = None
         if "margin" in self.policy.needs:
-            margin = runner.margin(hidden)
+            margin = runner.margin(hidden).numpy()
         if "delta" in self.policy.needs:
             after = hidden.float()
-            delta = (after - before.float()).norm(dim=-1) / after.norm(dim=-1)
-            delta = torch.where(torch.from_numpy(rows.loop == 0), torch.inf, delta)
+            moved = (after - before.float()).norm(dim=-1) / after.norm(dim=-1)
+            delta = np.where(rows.loop == 0, np.float32(np.inf), moved.numpy())
         low, high = plan.limits()
-        mask = exit_mask(
-            self.policy.score(ExitSignals(survival, margin, delta)),
-            torch.from_numpy(rows.loop + 1),
-            torch.from_numpy(plan.threshold[rows.req]),
-            torch.from_numpy(low),
-            torch.from_numpy(high),
+        return exit_mask(
+            self.policy.score(ExitSignals(rows.survival, margin, delta)),
+            rows.loop + 1,
+            plan.threshold[rows.req],
+            low,
+            high,
             self.loops,
         )
-        return mask.numpy()
 
     def _read_out(
         self,
@@ -232,6 +235,8 @@ class StepExecutor:
         runner: PassRunner,
     ) -> tuple[torch.Tensor, np.ndarray]:
         """Move hidden states as the planner moved the rows."""
+        if move.nothing:
+            return hidden, source
         started = np.concatenate([move.reuse, move.append])
         if len(started):
             fresh = runner.embed(tokens[started])

@@ -12,7 +12,7 @@ its column of cells. Rows are of two kinds:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -149,6 +149,15 @@ class Move:
     keep: np.ndarray | None
     done: np.ndarray
 
+    @property
+    def nothing(self) -> bool:
+        """Every row only goes on to its next loop."""
+        return self is STAY
+
+
+NONE = np.zeros(0, np.int64)
+STAY = Move(NONE, NONE, NONE, NONE, None, NONE)
+
 
 class StepPlan:
     """The rows of one engine step, pass by pass.
@@ -179,6 +188,7 @@ class StepPlan:
                 self._forced[index, : len(w.forced)] = w.forced
         self.rows = self._first_rows(work)
         self.scheduled = int(sum(w.count for w in work))
+        self._segments: Segments | None = None
 
     def _first_rows(self, work: list[Work]) -> Rows:
         """Scheduled positions in request order, then the deeper rows carried over."""
@@ -247,6 +257,11 @@ class StepPlan:
 
     def segments(self) -> Segments:
         """The sequences of the next pass."""
+        if self._segments is None:
+            self._segments = self._find_segments()
+        return self._segments
+
+    def _find_segments(self) -> Segments:
         rows = self.rows
         n = len(rows)
         starts = np.ones(n, bool)
@@ -276,6 +291,10 @@ class StepPlan:
         every.history[np.arange(len(every)), every.loop] = every.survival
         every.loop += 1
         rows = np.nonzero(exits & every.head)[0]
+        if not len(rows):
+            return Readout(
+                rows, NONE, NONE, np.zeros(0, bool), np.zeros((0, self.loops), np.float32)
+            )
         req, depth = every.req[rows], every.loop[rows]
         return Readout(rows, req, depth, self._single[req], self._cdf(every.history[rows], depth))
 
@@ -302,6 +321,10 @@ class StepPlan:
         """
         self.passes_left -= 1
         rows, loops = self.rows, self.loops
+        if not len(out.rows) and not (~rows.head & (rows.loop >= rows.stop)).any():
+            self._segments = replace(self.segments(), loop=self.segments().loop + 1)
+            return STAY
+        self._segments = None
         tail = self._is_tail(out)
         exact = self._exact[out.req]
         unfinished_column = out.depth < loops

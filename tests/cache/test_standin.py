@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ouro_runtime.cache.standin import StandIn, probe_layout
+from ouro_runtime.cache.standin import StandIns, probe_layout
 
 BLOCK, HEAD, HEADS, LOOPS, LAYERS, BLOCKS = 4, 8, 2, 4, 3, 5
 
@@ -26,27 +26,86 @@ def transposed(key, value, page, slot):
     values[slot // BLOCK, :, slot % BLOCK] = value
 
 
+POSITIONS = 14
+
+
+class Book:
+    """Two requests' pages, and what they should hold, filled position by position."""
+
+    def __init__(self, write, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+        cache = torch.randn(LAYERS, BLOCKS * LOOPS, HEADS, BLOCK, 2 * HEAD, generator=generator)
+        self.write = write
+        self.pages = cache.to(dtype).flatten(3)
+        self.expected = self.pages.clone()
+        places = probe_layout(write, BLOCK, HEAD, dtype)
+        self.stand_ins = StandIns(self.pages, places, LOOPS, POSITIONS)
+        self.table = np.array([[3, 0, 4, 0], [1, 2, 0, 0]], np.int32)
+
+    def expect(self, req: int, pos: int, depth: int, loop: int) -> None:
+        """`pos` of request `req` left at `depth`; that stands for 0-based `loop`."""
+        mine = torch.zeros(1, 1, BLOCK, 2 * HEAD)
+        ones = torch.ones(1, 1, HEAD)
+        self.write(ones, ones, mine, torch.tensor([pos % BLOCK]))
+        where = mine.flatten().bool()
+        page = int(self.table[req, pos // BLOCK]) * LOOPS
+        held = self.expected[:, page + depth - 1][:, :, where]
+        self.expected[:, page + loop][:, :, where] = held
+
+    def settle(self, slots: list[int], loops: list[int], limits: list[int]) -> None:
+        self.stand_ins.settle(
+            np.array(slots), np.array(loops), np.array(limits), self.table[: len(slots)]
+        )
+
+
 @pytest.mark.parametrize("write", [natural, transposed])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_deeper_loops_read_the_exit_loop(write, dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    cache = torch.randn(LAYERS, BLOCKS * LOOPS, HEADS, BLOCK, 2 * HEAD, generator=generator)
-    cache = cache.to(dtype)
-    pages = cache.flatten(3)
-    stand_in = StandIn(pages, probe_layout(write, BLOCK, HEAD, dtype), LOOPS)
-    page, offset, depth = np.array([4, 14, 19]), np.array([1, 0, 3]), np.array([1, 3, 4])
-    expected = pages.clone()
-    for layer in range(LAYERS):
-        probe = torch.arange(BLOCK * 2 * HEAD, dtype=torch.float32).view(1, 1, BLOCK, 2 * HEAD)
-        for p, o, d in zip(page, offset, depth, strict=True):
-            mine = torch.zeros_like(probe)
-            ones = torch.ones(1, 1, HEAD)
-            write(ones, ones, mine, torch.tensor([int(o)]))
-            where = mine.flatten().bool()
-            for deeper in range(1, LOOPS - d + 1):
-                expected[layer, p + deeper][:, where] = expected[layer, p][:, where]
-    stand_in.fill(page, offset, depth)
-    assert torch.equal(pages, expected)
+def test_a_deeper_loop_reads_the_exit_loop_of_what_left_before(write, dtype) -> None:
+    book = Book(write, dtype)
+    slots = [book.stand_ins.open(prompt=2), book.stand_ins.open(prompt=1)]
+    left = {(0, 2): 1, (0, 3): 3, (0, 4): 2, (1, 1): 1, (1, 2): 1}
+    for (req, pos), depth in left.items():
+        book.stand_ins.owe(np.array([slots[req]]), np.array([pos]), np.array([depth]))
+    assert torch.equal(book.pages, book.expected), "nothing is copied before it is read"
+    book.settle(slots, [2, 1], [5, 3])
+    for req, pos, loop in ((0, 2, 2), (0, 4, 2), (1, 1, 1), (1, 2, 1)):
+        book.expect(req, pos, left[req, pos], loop)
+    assert torch.equal(book.pages, book.expected)
+
+
+def test_a_loop_is_paid_once_and_again_after_a_rewind() -> None:
+    book = Book(natural, torch.float32)
+    slot = book.stand_ins.open(prompt=1)
+    book.stand_ins.owe(np.array([slot, slot]), np.array([1, 2]), np.array([1, 2]))
+    book.settle([slot], [3], [2])
+    book.expect(0, 1, 1, 3)
+    assert torch.equal(book.pages, book.expected)
+    book.pages[:] = 0.5 * book.pages
+    book.expected[:] = book.pages
+    book.settle([slot], [3], [3])
+    book.expect(0, 2, 2, 3)
+    assert torch.equal(book.pages, book.expected), "position 1 was paid before"
+    book.pages[:] = 0.5 * book.pages
+    book.stand_ins.rewind(slot, 1)
+    book.settle([slot], [3], [3])
+    book.expected[:] = 0.5 * book.expected
+    book.expect(0, 1, 1, 3)
+    book.expect(0, 2, 2, 3)
+    assert torch.equal(book.pages, book.expected)
+
+
+def test_slots_are_used_again_and_forget() -> None:
+    book = Book(natural, torch.float32)
+    slots = [book.stand_ins.open(prompt=1) for _ in range(5)]
+    assert len(set(slots)) == 5
+    book.stand_ins.owe(np.array(slots), np.full(5, 3), np.full(5, 1))
+    book.stand_ins.close(slots[2])
+    assert book.stand_ins.open(prompt=1) == slots[2]
+    book.settle([slots[2]], [3], [5])
+    assert torch.equal(book.pages, book.expected)
+    book.settle([slots[4]], [3], [5])
+    book.expect(0, 3, 1, 3)
+    assert torch.equal(book.pages, book.expected), "others keep theirs when the book grows"
 
 
 def test_a_layout_that_loses_elements_is_refused() -> None:
