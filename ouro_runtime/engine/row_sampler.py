@@ -21,6 +21,8 @@ from vllm.v1.sample.logits_processor import (
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
+from ouro_runtime.loop.greedy import argmax
+
 
 class _OnRows(LogitsProcessor):
     """A batch-wide logits processor applied to some rows."""
@@ -85,6 +87,21 @@ def rows_of(metadata: SamplingMetadata, rows: np.ndarray, batch: int) -> Samplin
     )
 
 
+def is_bare_greedy(metadata: SamplingMetadata) -> bool:
+    """Whether every token is the largest of its logits as they are, and no more is asked."""
+    holder = metadata.thinking_budget_state_holder
+    return (
+        metadata.all_greedy
+        and metadata.max_num_logprobs is None
+        and not metadata.logprob_token_ids
+        and metadata.no_penalties
+        and not metadata.bad_words_token_ids
+        and metadata.allowed_token_ids_mask is None
+        and all(map(_idle, metadata.logitsprocs.all))
+        and (holder is None or not holder.has_tracked_requests())
+    )
+
+
 class StepSampler:
     """Samples row by row over the passes of one step, then hands vLLM one batch of tokens.
 
@@ -102,18 +119,18 @@ class StepSampler:
         self.tokens: list[list[int]] = [[] for _ in outputs]
         self._logprobs: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in outputs]
         self._stateful = [p for p in metadata.logitsprocs.all if not _idle(p)]
+        self._bare_greedy = is_bare_greedy(metadata)
 
     def sample(self, rows: np.ndarray, logits: torch.Tensor) -> np.ndarray:
         """Sample `logits` [M, vocab] of batch indices `rows` [M]: tokens [M] int64."""
+        if self._bare_greedy:
+            return self._took(rows, argmax(logits))
         batch = len(self.outputs)
         metadata = self.metadata
         if len(rows) != batch or not np.array_equal(rows, np.arange(batch)):
             metadata = rows_of(metadata, rows, batch)
         out = self.sampler(logits=logits, sampling_metadata=metadata)
-        tokens = out.sampled_token_ids.view(-1).numpy().astype(np.int64)
-        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
-            self.tokens[row].append(token)
-            self.outputs[row].append(token)
+        tokens = self._took(rows, out.sampled_token_ids.view(-1).numpy().astype(np.int64))
         if out.logprobs_tensors is not None:
             for place, row in enumerate(rows.tolist()):
                 self._logprobs[row].append(
@@ -121,6 +138,12 @@ class StepSampler:
                 )
         for processor in self._stateful:
             processor.update_state(None)
+        return tokens
+
+    def _took(self, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+            self.tokens[row].append(token)
+            self.outputs[row].append(token)
         return tokens
 
     def finish(self) -> tuple[torch.Tensor, LogprobsTensors | None]:

@@ -264,6 +264,14 @@ class StepPlan:
     def _find_segments(self) -> Segments:
         rows = self.rows
         n = len(rows)
+        if n == 1 or (rows.req[1:] != rows.req[:-1]).all():
+            return Segments(
+                first=np.arange(n + 1, dtype=np.int32),
+                req=rows.req,
+                loop=rows.loop.copy(),
+                seq_len=(rows.pos + 1).astype(np.int32),
+                max_query=1,
+            )
         starts = np.ones(n, bool)
         starts[1:] = (
             (rows.req[1:] != rows.req[:-1])
@@ -343,15 +351,7 @@ class StepPlan:
         reuse = np.nonzero(starts & ~stays)[0]
         append = np.nonzero(starts & stays)[0]
         reuse_rows = out.rows[reuse]
-        born = Rows(
-            req=out.req[append],
-            pos=rows.pos[out.rows[append]] + 1,
-            loop=np.zeros(len(append), np.int64),
-            stop=np.full(len(append), loops, np.int64),
-            head=np.ones(len(append), bool),
-            survival=np.ones(len(append), np.float32),
-            history=np.ones((len(append), loops), np.float32),
-        )
+        born = self._heads(out.req[append], rows.pos[out.rows[append]] + 1) if len(append) else None
         rows.pos[reuse_rows] += 1
         rows.loop[reuse_rows] = 0
         rows.head[reuse_rows] = True
@@ -365,9 +365,21 @@ class StepPlan:
         keep = np.nonzero(~ended)[0] if ended.any() else None
         if keep is not None:
             self.rows = rows.take(keep)
-        if len(append):
+        if born is not None:
             self.rows = self.rows.append(born)
         return Move(fill, reuse, reuse_rows, append, keep, done)
+
+    def _heads(self, req: np.ndarray, pos: np.ndarray) -> Rows:
+        """New heads of requests [M] at positions [M]."""
+        return Rows(
+            req=req,
+            pos=pos,
+            loop=np.zeros(len(req), np.int64),
+            stop=np.full(len(req), self.loops, np.int64),
+            head=np.ones(len(req), bool),
+            survival=np.ones(len(req), np.float32),
+            history=np.ones((len(req), self.loops), np.float32),
+        )
 
     def leftovers(self) -> list[tuple[int, int, Carried]]:
         """(row, request, state) of every row to be carried over; hidden states are the caller's."""
