@@ -1,6 +1,6 @@
 """`make bench`: decode speed of this engine and of the stock looped model, side by side.
 
-    python -m benchmarks.decode [--model mid|mini|FOLDER] [--rounds 5] [--batches 1 4 16 32]
+    python -m benchmarks.decode [--model mid|mini|FOLDER] [--rounds 5] [--batches 1 4 8 16 32]
 
 Both engines live in processes of their own on the same cores and take turns, A B A B, so that a
 drift of the machine meets both. Tokens are compared first. Rates are decode only: from when every
@@ -20,8 +20,8 @@ from typing import Any
 
 from benchmarks.engines import ROOT, Engine, has_bfloat16, machine, worker_cores
 from benchmarks.random_checkpoint import PRESETS, write_checkpoint
-from benchmarks.report import print_batches, print_checks, print_extras, print_profile
-from benchmarks.workload import agreement, bound, depth_lists, fit_line, prompts
+from benchmarks.report import print_batches, print_checks, print_extras, print_profiles
+from benchmarks.workload import agreement, bound, depth_lists, fit_line, prompts, reachable
 
 MINI = ROOT / "ouro_runtime" / "checkpoints" / "ouro-mini"
 GOLDEN = ROOT / "tests" / "golden" / "t4-mha"
@@ -107,11 +107,19 @@ def measure_batch(
             for values in rates.values():
                 values.clear()
         print(f"  batch {batch}, round {turn + 1}: {time.monotonic() - began:.0f} s", flush=True)
-    return summarise(rates, batch)
+    rows = [batch, *(max(1, round(batch / mean)) for mean in MEANS)]
+    together, *spread = ours.ask("read_out", rows=rows)["seconds"]
+    return summarise(rates, batch, together, dict(zip(MEANS, spread, strict=True)))
 
 
-def summarise(rates: Rates, batch: int) -> dict[str, Any]:
-    """Medians, ratios of the same round, and the bounds."""
+def summarise(
+    rates: Rates, batch: int, together: float, spread: dict[float, float]
+) -> dict[str, Any]:
+    """Medians, ratios of the same round, and the bounds.
+
+    Args:
+        together, spread: as in `reachable`; `spread` by mean depth.
+    """
     median = {name: statistics.median(values) for name, values in rates.items()}
     fixed_depths = {d: batch / median[f"fixed {d}"] for d in FIXED[:-1]}
     fixed_depths[LOOPS] = batch / median[f"{LOOPS}"]
@@ -131,6 +139,9 @@ def summarise(rates: Rates, batch: int) -> dict[str, Any]:
             "over_full": ratio(name, f"{LOOPS}"),
             "loops_over_depth": LOOPS / mean,
             "bound": bound(f0, f1, LOOPS, mean),
+            "reachable": 1.0
+            if mean == LOOPS
+            else reachable(f0, f1, LOOPS, mean, together, spread.get(mean, together)),
         }
         row["of_bound"] = row["over_full"] / row["bound"]
         rows.append(row)
@@ -139,6 +150,7 @@ def summarise(rates: Rates, batch: int) -> dict[str, Any]:
         "baseline_tokens_per_second": median["baseline"],
         "f0_ms": 1e3 * f0,
         "f1_ms": 1e3 * f1,
+        "read_out_ms": 1e3 * together,
         "rows": rows,
         "rounds": rates,
     }
@@ -168,14 +180,20 @@ def measure_neighbours(ours: Engine, vocab: int, rounds: int, batch: int = 8) ->
     asked = {"prompts": prompts(batch, PROMPT, vocab, seed=8), "tokens": 32, "watched": [0]}
     skipping = forced(1.5, 256, batch)
     skipping[0] = FULL
-    ratios = []
+    whole, rest = [], []
     for _ in range(rounds):
-        beside = {
-            name: ours.ask("watch", extra=extra, **asked)["rates"][0]
-            for name, extra in (("full", [FULL] * batch), ("skipping", skipping))
-        }
-        ratios.append(beside["full"] / beside["skipping"] - 1)
-    return {"batch": batch, "neighbours_mean_depth": 1.5, "slowdown": statistics.median(ratios)}
+        full, beside = (
+            ours.ask("watch", extra=extra, **asked) for extra in ([FULL] * batch, skipping)
+        )
+        ratio = full["rates"][0] / beside["rates"][0]
+        whole.append(ratio - 1)
+        rest.append(ratio * (1 - beside["read_out_share"]) / (1 - full["read_out_share"]) - 1)
+    return {
+        "batch": batch,
+        "neighbours_mean_depth": 1.5,
+        "slowdown": statistics.median(whole),
+        "slowdown_without_read_out": statistics.median(rest),
+    }
 
 
 def make_model(name: str, folder: Path) -> Path:
@@ -202,7 +220,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="mid", help="mid, mini, another preset or a folder")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 32])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16, 32])
     parser.add_argument("--threads", type=int, help="of each engine (default: all cores but one)")
     parser.add_argument("--eager", action="store_true", help="without compilation, both engines")
     parser.add_argument(
@@ -246,15 +264,15 @@ def measure(options: argparse.Namespace, model: Path, dtype: str) -> dict[str, A
         result["neighbours"] = measure_neighbours(ours, vocab, options.rounds)
         largest = max(options.batches)
         tokens = tokens_for(largest)
-        result["profile"] = {"batch": largest, "mean_depth": 2.5} | ours.ask(
-            "profile",
-            prompts=prompts(largest, PROMPT, vocab, seed=largest),
-            tokens=tokens + 1,
-            extra=forced(2.5, tokens, largest),
-        )
+        asked = {"prompts": prompts(largest, PROMPT, vocab, seed=largest), "tokens": tokens + 1}
+        result["profiles"] = [
+            {"batch": largest, "mean_depth": mean}
+            | ours.ask("profile", extra=forced(mean, tokens, largest), **asked)
+            for mean in MEANS
+        ]
     print_batches(result["batches"])
     print_extras(result)
-    print_profile(result["profile"])
+    print_profiles(result["profiles"])
     return result
 
 

@@ -54,6 +54,7 @@ def print_batches(batches: Sequence[dict[str, Any]]) -> None:
                     f"{row['over_full']:.2f}",
                     f"{row['bound']:.2f}",
                     f"{row['of_bound']:.2f}",
+                    f"{row['reachable']:.2f}",
                 )
             )
     print()
@@ -68,6 +69,7 @@ def print_batches(batches: Sequence[dict[str, Any]]) -> None:
             "over own full",
             "bound",
             "of bound",
+            "reachable",
         ),
         rows,
     )
@@ -87,19 +89,31 @@ def print_extras(result: dict[str, Any]) -> None:
     print(
         f"a full-depth request among {neighbours['batch'] - 1} neighbours of mean depth "
         f"{neighbours['neighbours_mean_depth']:g} is slower by {neighbours['slowdown']:+.1%} than "
-        "among full-depth ones"
+        f"among full-depth ones; without the products with the vocabulary, which are then paid in "
+        f"every pass, by {neighbours['slowdown_without_read_out']:+.1%}"
     )
 
 
-def print_profile(profile: dict[str, Any]) -> None:
+def print_profiles(profiles: Sequence[dict[str, Any]]) -> None:
     """Where a pass goes."""
-    parts = {name[:-3]: value for name, value in profile.items() if name.endswith("_ms")}
-    print(
-        f"\na pass at batch {profile['batch']}, mean depth {profile['mean_depth']:g}, ms: "
-        + ", ".join(f"{name} {value:.2f}" for name, value in parts.items())
-    )
-    print(
-        f"outside the block and the vocabulary product: {profile['outside_block_share']:.1%} of a "
-        f"pass; {profile['rows_per_pass']:.1f} rows a pass, "
-        f"{profile['tokens_per_step']:.1f} tokens a step"
+    names = [name for name in profiles[0] if name.endswith("_ms")]
+    print(f"\na pass at batch {profiles[0]['batch']}, ms:")
+    print_table(
+        (
+            "mean depth",
+            *(name[:-3] for name in names),
+            "outside block and lm_head",
+            "rows / pass",
+            "tokens / step",
+        ),
+        [
+            (
+                f"{profile['mean_depth']:g}",
+                *(f"{profile[name]:.2f}" for name in names),
+                f"{profile['outside_block_share']:.1%}",
+                f"{profile['rows_per_pass']:.1f}",
+                f"{profile['tokens_per_step']:.1f}",
+            )
+            for profile in profiles
+        ],
     )

@@ -118,7 +118,8 @@ class Worker:
         """Decode rate and mean depth of each of the `watched` requests while all of them run.
 
         The window opens when all first tokens are out, and closes when a watched request has
-        `tokens` tokens; the others run on for as long as it lasts.
+        `tokens` tokens; the others run on for as long as it lasts. Also the share of the time that
+        went into products with the vocabulary; our engine only.
         """
         progress: dict[str, int] = {}
         depths: dict[str, list[int]] = {}
@@ -126,10 +127,12 @@ class Worker:
         while len(progress) < len(names):
             self._step(progress, depths)
         chosen = [names[index] for index in watched]
-        started, before = time.perf_counter(), dict(progress)
-        while all(progress[name] < tokens for name in chosen):
-            self._step(progress, depths)
-        seconds = time.perf_counter() - started
+        with PassProfile(self.llm) as profile:
+            profile.start()
+            started, before = time.perf_counter(), dict(progress)
+            while all(progress[name] < tokens for name in chosen):
+                self._step(progress, depths)
+            seconds = time.perf_counter() - started
         self.engine.abort_request(names)
         while self.engine.has_unfinished_requests():
             self.engine.step()
@@ -138,7 +141,11 @@ class Worker:
             sum(depths[name][before[name] :]) / max(1, len(depths[name]) - before[name])
             for name in chosen
         ]
-        return {"rates": [count / seconds for count in gained], "mean_depths": means}
+        return {
+            "rates": [count / seconds for count in gained],
+            "mean_depths": means,
+            "read_out_share": profile.seconds["lm_head"] / seconds,
+        }
 
     def profile(self, prompts: list[list[int]], tokens: int, extra: list[Any]) -> dict[str, Any]:
         """Where the time of a decode run goes, per pass; our engine only."""
@@ -151,6 +158,27 @@ class Worker:
             while self.engine.has_unfinished_requests():
                 profile.step(lambda: self._step(progress))
             return profile.report()
+
+    def read_out(self, rows: list[int], repeats: int = 9) -> dict[str, Any]:
+        """Median seconds of the product of so many states with the vocabulary; our engine only.
+
+        The states are another row's memory each time, the weights are too large for the caches.
+        """
+        import torch
+
+        model = self.engine.model_executor.driver_worker.worker.model_runner.model
+        medians = []
+        for count in rows:
+            seconds = []
+            for _ in range(repeats):
+                hidden = torch.randn(
+                    count, model.config.hidden_size, dtype=model.lm_head.weight.dtype
+                )
+                began = time.perf_counter()
+                model.compute_logits(hidden)
+                seconds.append(time.perf_counter() - began)
+            medians.append(sorted(seconds)[repeats // 2])
+        return {"seconds": medians}
 
     def describe(self) -> dict[str, Any]:
         """Versions and threads of this process."""
@@ -165,7 +193,7 @@ class Worker:
         }
 
 
-COMMANDS = ("generate", "decode", "watch", "profile", "describe")
+COMMANDS = ("generate", "decode", "watch", "profile", "read_out", "describe")
 
 
 def main() -> None:

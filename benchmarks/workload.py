@@ -46,6 +46,19 @@ def bound(fixed: float, loop: float, loops: int, mean: float) -> float:
     return (fixed + loops * loop) / (fixed + mean * loop)
 
 
+def reachable(
+    fixed: float, loop: float, loops: int, mean: float, together: float, spread: float
+) -> float:
+    """`bound` less what no order of cells can save: tokens that leave in every pass are read out in
+    every pass, and each time the whole vocabulary's weights are read.
+
+    Args:
+        together: seconds of the product with the vocabulary for a step's tokens at once.
+        spread: the same for those of one pass.
+    """
+    return (fixed + loops * loop) / (fixed - together + mean * (loop + spread))
+
+
 def agreement(left: Sequence[Sequence[int]], right: Sequence[Sequence[int]]) -> float:
     """Share of tokens that come before the first one that differs."""
     same = total = 0
