@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.engines import ROOT, Engine, worker_cores
 from benchmarks.workload import depth_lists, prompts
 
-CLIENTS, PROMPT, TOKENS = 32, 32, 49
+CLIENTS, PROMPT, TOKENS, LOOPS = 32, 32, 49, 4
 START_TIMEOUT = 600
 MEANS = (4.0, 2.5)
 
@@ -118,12 +119,46 @@ async def round_over_http(address: str, asked: list[list[int]], depths: list[lis
     return sum(counts) / seconds
 
 
+def rows_run(address: str) -> int:
+    """Cells that the server says it ran, from `/metrics`; its two ways to count them must agree."""
+    samples = [
+        sample
+        for family in text_string_to_metric_families(httpx.get(f"{address}/metrics").text)
+        for sample in family.samples
+    ]
+    by_loop = sum(sample.value for sample in samples if sample.name == "ouro_cells_total")
+    by_pass = sum(sample.value for sample in samples if sample.name == "ouro_pass_rows_sum")
+    assert by_loop == by_pass, (by_loop, by_pass)
+    return int(by_loop)
+
+
+def rows_owed(depths: list[list[int]], loops: int) -> int:
+    """Cells of one round: prompts run every loop, and later tokens what their depth says."""
+    return sum(PROMPT * loops + sum(of_request[1:]) for of_request in depths)
+
+
+def wait_for_rows(address: str, expected: int) -> None:
+    """Return once `/metrics` accounts for exactly so many cells; it may lag an answer by a moment.
+
+    Raises:
+        RuntimeError: if it does not within five seconds.
+    """
+    deadline = time.monotonic() + 5
+    while (counted := rows_run(address)) != expected:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"/metrics counts {counted} cells, {expected} were asked for")
+        time.sleep(0.1)
+
+
 def measure_http(model: Path, dtype: str, rounds: int, threads: int | None) -> list[dict[str, Any]]:
-    """Medians of tokens per second, prefill included, over HTTP and offline, and their ratio."""
+    """Medians of tokens per second, prefill included, over HTTP and offline, and their ratio.
+
+    In every round `/metrics` must account for exactly the cells that the requests asked for.
+    """
     vocab = json.loads((model / "config.json").read_text())["vocab_size"]
     asked = prompts(CLIENTS, PROMPT, vocab, seed=3)
     options = ("--dtype", dtype, "--max-model-len", "512", "--max-num-seqs", str(CLIENTS))
-    rows = []
+    rows: list[dict[str, Any]] = []
     with (
         Engine("ours", model, worker_cores(threads), *options) as offline,
         server(model, dtype) as (address, group),
@@ -131,9 +166,12 @@ def measure_http(model: Path, dtype: str, rounds: int, threads: int | None) -> l
         for mean in MEANS:
             depths = depth_lists(mean, TOKENS - 1, CLIENTS)
             extra = [{"forced_depths": d} for d in depths]
+            owed = rows_owed(depths, LOOPS)
             rates: dict[str, list[float]] = {"http": [], "offline": []}
             for turn in range(-1, rounds):
+                before = rows_run(address)
                 over_http = asyncio.run(round_over_http(address, asked, depths))
+                wait_for_rows(address, before + owed)
                 os.killpg(group, signal.SIGSTOP)
                 alone = offline.ask("decode", prompts=asked, tokens=TOKENS, extra=extra)["overall"]
                 os.killpg(group, signal.SIGCONT)
@@ -141,7 +179,13 @@ def measure_http(model: Path, dtype: str, rounds: int, threads: int | None) -> l
                     rates["http"].append(over_http)
                     rates["offline"].append(alone)
             kept = statistics.median(h / o for h, o in zip(*rates.values(), strict=True))
-            row = {"clients": CLIENTS, "mean_depth": mean, "kept": kept, "rounds": rates}
+            row = {
+                "clients": CLIENTS,
+                "mean_depth": mean,
+                "kept": kept,
+                "rows": rows,
+                "rounds": rates,
+            }
             row |= {name: statistics.median(values) for name, values in rates.items()}
             rows.append(row)
             print(
