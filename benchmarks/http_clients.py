@@ -183,7 +183,7 @@ def measure_http(model: Path, dtype: str, rounds: int, threads: int | None) -> l
                 "clients": CLIENTS,
                 "mean_depth": mean,
                 "kept": kept,
-                "rows": rows,
+                "cells": owed,
                 "rounds": rates,
             }
             row |= {name: statistics.median(values) for name, values in rates.items()}

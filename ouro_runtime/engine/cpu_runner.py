@@ -229,9 +229,7 @@ class OuroCPUModelRunner(CPUModelRunner):
                 causal=True,
             ),
         )
-        context = get_forward_context()
-        context.attn_metadata = dict.fromkeys(self._group.layer_names, metadata)
-        context.slot_mapping = dict.fromkeys(self._group.layer_names, slots)
+        get_forward_context().attn_metadata = metadata
 
     def run_pass(self, hidden: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         return self.model.model(hidden, torch.from_numpy(rows.pos))
