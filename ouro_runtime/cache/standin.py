@@ -52,7 +52,7 @@ def probe_layout(write: WriteToken, block_size: int, head_size: int, dtype: torc
 
 @numba.njit(nogil=True)
 def _settle(
-    pages, places, depths, filled, slot, loop, limit, table, loops
+    pages, places, depths, filled, slot, loop, limit, table, row, loops
 ):  # pragma: no cover (compiled)
     """`StandIns.settle` on numpy views; elements are moved, never interpreted."""
     most = 0
@@ -66,7 +66,7 @@ def _settle(
         for position in range(done, limit[s]):
             depth = depths[slot[s], position]
             if 0 < depth <= loop[s]:
-                page = np.int64(table[s, position // places.shape[0]]) * loops
+                page = np.int64(table[row[s], position // places.shape[0]]) * loops
                 source[owed], target[owed] = page + depth - 1, page + loop[s]
                 offset[owed] = position % places.shape[0]
                 owed += 1
@@ -104,7 +104,7 @@ class StandIns:
         self._filled = np.zeros((1, loops), np.int64)
         self._free = [0]
         none = np.zeros(0, np.int64)
-        self.settle(none, none, none, np.zeros((0, 1), np.int32))  # compiles
+        self.settle(none, none, none, np.zeros((0, 1), np.int32), none)  # compiles
 
     def open(self, prompt: int) -> int:
         """A slot for a request whose `prompt` positions will owe nothing."""
@@ -131,14 +131,19 @@ class StandIns:
         self._depths[slot, pos] = depth
 
     def settle(
-        self, slot: np.ndarray, loop: np.ndarray, limit: np.ndarray, table: np.ndarray
+        self,
+        slot: np.ndarray,
+        loop: np.ndarray,
+        limit: np.ndarray,
+        table: np.ndarray,
+        row: np.ndarray,
     ) -> None:
         """Fill what cells that are about to run will read.
 
         Args:
             slot: [S] int64, request slots. loop: [S] int64, 0-based, the loop the cells run.
             limit: [S] int64, positions before this one are read.
-            table: [S, B] int32, logical blocks of the requests.
+            table: [R, B] int32, logical blocks. row: [S] int64, the requests' rows of it.
         """
         _settle(
             self._pages,
@@ -149,5 +154,6 @@ class StandIns:
             loop,
             limit,
             table,
+            row,
             self._loops,
         )

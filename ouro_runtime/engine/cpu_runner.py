@@ -257,7 +257,8 @@ class OuroCPUModelRunner(CPUModelRunner):
                 self._slots[req],
                 segments.loop[deeper],
                 segments.seq_len[deeper].astype(np.int64) - 1,
-                self._pages.block_table[req],
+                self._pages.block_table,
+                req,
             )
 
     def margin(self, hidden: torch.Tensor) -> torch.Tensor:

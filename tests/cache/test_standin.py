@@ -54,7 +54,11 @@ class Book:
 
     def settle(self, slots: list[int], loops: list[int], limits: list[int]) -> None:
         self.stand_ins.settle(
-            np.array(slots), np.array(loops), np.array(limits), self.table[: len(slots)]
+            np.array(slots),
+            np.array(loops),
+            np.array(limits),
+            self.table,
+            np.arange(len(slots)),
         )
 
 
