@@ -31,6 +31,7 @@ from ouro_runtime.engine.row_sampler import StepSampler
 from ouro_runtime.engine.step_output import StepOutput
 from ouro_runtime.exit.policy import POLICIES
 from ouro_runtime.loop.executor import StepExecutor, StepResult
+from ouro_runtime.loop.greedy import argmax
 from ouro_runtime.loop.planner import Rows, Segments, StepPlan
 
 check_parameters(CPUModelRunner._model_forward, "input_ids", "positions")
@@ -47,6 +48,7 @@ class OuroCPUModelRunner(CPUModelRunner):
         self.loop_config = LoopConfig.of(vllm_config)
         self.executor = StepExecutor(self.loop_config.loops, POLICIES["gate"])
         self.loop_requests: dict[str, LoopRequest] = {}
+        argmax(torch.zeros(1, 1, dtype=self.model_config.dtype))  # compiles
 
     # ---- set-up -------------------------------------------------------------------------------
 
