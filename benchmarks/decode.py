@@ -141,9 +141,10 @@ def summarise(
             "bound": bound(f0, f1, LOOPS, mean),
             "reachable": 1.0
             if mean == LOOPS
-            else reachable(f0, f1, LOOPS, mean, together, spread.get(mean, together)),
+            else reachable(f0, f1, LOOPS, mean, batch, together, spread.get(mean, together)),
         }
         row["of_bound"] = row["over_full"] / row["bound"]
+        row["of_reachable"] = row["over_full"] / row["reachable"]
         rows.append(row)
     return {
         "batch": batch,
@@ -151,6 +152,7 @@ def summarise(
         "f0_ms": 1e3 * f0,
         "f1_ms": 1e3 * f1,
         "read_out_ms": 1e3 * together,
+        "read_out_of_a_pass_ms": {f"{mean:g}": 1e3 * value for mean, value in spread.items()},
         "rows": rows,
         "rounds": rates,
     }

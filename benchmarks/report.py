@@ -55,6 +55,7 @@ def print_batches(batches: Sequence[dict[str, Any]]) -> None:
                     f"{row['bound']:.2f}",
                     f"{row['of_bound']:.2f}",
                     f"{row['reachable']:.2f}",
+                    f"{row['of_reachable']:.2f}",
                 )
             )
     print()
@@ -70,6 +71,7 @@ def print_batches(batches: Sequence[dict[str, Any]]) -> None:
             "bound",
             "of bound",
             "reachable",
+            "of reachable",
         ),
         rows,
     )

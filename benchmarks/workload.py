@@ -46,17 +46,24 @@ def bound(fixed: float, loop: float, loops: int, mean: float) -> float:
     return (fixed + loops * loop) / (fixed + mean * loop)
 
 
+def read_outs(mean: float, batch: int) -> float:
+    """Passes with a read-out, for one token of each of `batch` requests of this mean depth whose
+    loops do not move in step: of `mean` passes, those in which at least one leaves."""
+    return mean * (1 - (1 - 1 / mean) ** batch)
+
+
 def reachable(
-    fixed: float, loop: float, loops: int, mean: float, together: float, spread: float
+    fixed: float, loop: float, loops: int, mean: float, batch: int, together: float, spread: float
 ) -> float:
-    """`bound` less what no order of cells can save: tokens that leave in every pass are read out in
-    every pass, and each time the whole vocabulary's weights are read.
+    """`bound` less what no order of cells can save: tokens that leave in different passes are read
+    out in different passes, and each time the whole vocabulary's weights are read.
 
     Args:
         together: seconds of the product with the vocabulary for a step's tokens at once.
         spread: the same for those of one pass.
     """
-    return (fixed + loops * loop) / (fixed - together + mean * (loop + spread))
+    adaptive = fixed - together + read_outs(mean, batch) * spread + mean * loop
+    return (fixed + loops * loop) / adaptive
 
 
 def agreement(left: Sequence[Sequence[int]], right: Sequence[Sequence[int]]) -> float:

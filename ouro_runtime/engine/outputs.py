@@ -14,6 +14,7 @@ metrics.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -138,7 +139,7 @@ def _read_reports() -> None:
             for o in engine_core_outputs
             if o.routed_experts is not None
         }
-        before = {i: _kept(s) for i, s in states.items() if s is not None}
+        before = {i: len(_notes(s).depths) for i, s in states.items() if s is not None}
         result = process_outputs(
             self, engine_core_outputs, engine_core_timestamp, iteration_stats, *a, **k
         )
@@ -146,40 +147,44 @@ def _read_reports() -> None:
             now = time.monotonic()
             for request_id, count in before.items():
                 state = states[request_id]
-                kept = _all_tokens(state)
-                report.depths += kept[count:, 0].tolist()
-                report.loops_run += kept[count:, 1].tolist()
-                pace = _pace_of(state)
-                if len(kept) > count:
-                    seconds = pace.deliver(now, len(kept) - count)
+                notes = _notes(state)
+                depths = notes.depths[count:]
+                report.depths += depths
+                report.loops_run += notes.loops_run[count:]
+                if depths:
+                    seconds = notes.pace.deliver(now, len(depths))
                     if seconds is not None:
-                        report.deliveries.append(Delivery(request_id, seconds, len(kept) - count))
+                        report.deliveries.append(Delivery(request_id, seconds, len(depths)))
                 if request_id not in self.request_states:
-                    total = int(kept[:, 0].sum())
-                    report.finished.append(Finished(total, len(kept), pace.seconds_per_token))
+                    total, tokens = sum(notes.depths), len(notes.depths)
+                    report.finished.append(Finished(total, tokens, notes.pace.seconds_per_token))
             iteration_stats.ouro = report
         return result
 
     OutputProcessor.process_outputs = reading
 
 
-def _pace_of(state: Any) -> Pace:
-    if not hasattr(state, "_ouro_pace"):
-        state._ouro_pace = Pace()
-    return state._ouro_pace
+@dataclass
+class _Notes:
+    """What is known of a request's tokens so far, beside their ids; one entry per token."""
+
+    depths: list[int] = field(default_factory=list)
+    loops_run: list[int] = field(default_factory=list)
+    exit_cdf: list[list[float]] = field(default_factory=list)
+    pace: Pace = field(default_factory=Pace)
 
 
-def _kept(state: Any) -> int:
-    return sum(map(len, _chunks(state)))
-
-
-def _chunks(state: Any) -> list[np.ndarray]:
-    return [*getattr(state, "_ouro_done", ()), *state.routed_experts_chunks]
-
-
-def _all_tokens(state: Any) -> np.ndarray:
-    chunks = _chunks(state)
-    return np.concatenate(chunks) if chunks else np.zeros((0, 2), np.int16)
+def _notes(state: Any) -> _Notes:
+    """The notes of a `RequestState`, with the chunks that it collected since the last call."""
+    if not hasattr(state, "_ouro_notes"):
+        state._ouro_notes = _Notes()
+    notes = state._ouro_notes
+    for packed in state.routed_experts_chunks:
+        notes.depths += packed[:, 0].tolist()
+        notes.loops_run += packed[:, 1].tolist()
+        notes.exit_cdf += unpack_cdf(packed)
+    state.routed_experts_chunks = []
+    return notes
 
 
 def _attach_depths() -> None:
@@ -187,16 +192,14 @@ def _attach_depths() -> None:
     new_completion_output = RequestState._new_completion_output
 
     def attaching(self: Any, token_ids: list[int], finish_reason: Any, *a: Any, **k: Any) -> Any:
-        packed = _all_tokens(self)
-        self._ouro_done = [packed] if len(packed) else []
-        self.routed_experts_chunks = []
+        notes = _notes(self)
         output = new_completion_output(self, token_ids, finish_reason, *a, **k)
+        start = 0
         if self.output_kind == RequestOutputKind.DELTA:
-            count = len(output.token_ids)
-            packed = packed[len(packed) - count :] if count else packed[:0]
-        output.depths = packed[:, 0].tolist()
-        output.loops_run = packed[:, 1].tolist()
-        output.exit_cdf = unpack_cdf(packed)
+            start = len(notes.depths) - len(output.token_ids)
+        output.depths = notes.depths[start:]
+        output.loops_run = notes.loops_run[start:]
+        output.exit_cdf = notes.exit_cdf[start:]
         return output
 
     RequestState._new_completion_output = attaching
