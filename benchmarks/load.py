@@ -1,10 +1,9 @@
 """The latency controller under a load that full depth cannot hold, and what it costs in answers.
 
 First it is measured how many requests per second the server answers when every token runs every
-loop, and how many with every priority class at its floor: the load lies between the two. The target
-lies between the time per token of an idle and of a saturated server. Then the same questions arrive
-at the same moments twice, without and with `--target-tpot-ms`. Latency and right answers come from
-the same run. Writes `load.json` and `load.md`.
+loop, and at which time per token: the load is a tenth more than that, the target a quarter more.
+Then the same questions arrive at the same moments twice, without and with `--target-tpot-ms`.
+Latency and right answers come from the same run. Writes `load.json` and `load.md`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
 import os
 import platform
 import time
@@ -32,6 +30,10 @@ from ouro_server.presets import SHIPPED, PresetBook
 
 MINI = ROOT / "ouro_runtime/checkpoints/ouro-mini"
 FULL = dict.fromkeys(CLASSES, 1.0)
+OVERLOAD = 1.1
+"""The load, in parts of what full depth can hold."""
+SHARE = 1.25
+"""The target, in parts of the p95 of a saturated server at full depth."""
 PATIENCE = 120.0
 """Seconds a client waits for its answer."""
 SETTLING = 10.0
@@ -108,10 +110,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with server(args.model, "float32", *options, seats=args.seats) as (address, _):
         few = questions(args.calibration, tok, args.seed + 1, args.families)
         calibration = asyncio.run(calibrate(address, few, args.seats, floors))
-        full, floor = (calibration[k]["requests_per_second"] for k in ("full", "floors"))
-        rate = args.rate or (full + floor) / 2
-        idle_ms, full_ms = (calibration[k]["tpot_p95_ms"] for k in ("idle", "full"))
-        target = args.target or round(math.sqrt(idle_ms * full_ms), 1)
+        full = calibration["full"]
+        rate = args.rate or OVERLOAD * full["requests_per_second"]
+        target = args.target or round(SHARE * full["tpot_p95_ms"], 1)
         asked = questions(int(rate * args.seconds), tok, args.seed, args.families)
         print(f"{rate:.1f} requests/s, target {target:g} ms; {json.dumps(calibration)}", flush=True)
         runs = {"off": asyncio.run(run(address, asked, rate, args.seed, steered=False))}
@@ -145,7 +146,7 @@ async def closed_loop_once(address: str, asked: Sequence[Question], clients: int
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--model", type=Path, default=MINI)
-    p.add_argument("--seconds", type=float, default=90.0, help="of load, in each run")
+    p.add_argument("--seconds", type=float, default=60.0, help="of load, in each run")
     p.add_argument("--families", nargs="+", choices=FAMILIES, default=["mod"])
     p.add_argument("--seats", type=int, default=64, help="requests the engine runs at once")
     p.add_argument("--interval", type=int, default=8, help="tokens per stream event")
