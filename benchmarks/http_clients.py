@@ -23,7 +23,7 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.engines import ROOT, Engine, worker_cores
+from benchmarks.engines import ROOT, Engine, machine, worker_cores
 from benchmarks.workload import depth_lists, prompts
 
 CLIENTS, PROMPT, TOKENS, LOOPS = 32, 32, 49, 4
@@ -152,7 +152,7 @@ def wait_for_rows(address: str, expected: int) -> None:
         time.sleep(0.1)
 
 
-def measure_http(model: Path, dtype: str, rounds: int, threads: int | None) -> list[dict[str, Any]]:
+def measure_http(model: Path, dtype: str, rounds: int, threads: int | None) -> dict[str, Any]:
     """Medians of tokens per second, prefill included, over HTTP and offline, and their ratio.
 
     In every round `/metrics` must account for exactly the cells that the requests asked for.
@@ -165,6 +165,7 @@ def measure_http(model: Path, dtype: str, rounds: int, threads: int | None) -> l
         Engine("ours", model, worker_cores(threads), *options) as offline,
         server(model, dtype) as (address, group),
     ):
+        described = machine(offline)
         for mean in MEANS:
             depths = depth_lists(mean, TOKENS - 1, CLIENTS)
             extra = [{"forced_depths": d} for d in depths]
@@ -195,4 +196,4 @@ def measure_http(model: Path, dtype: str, rounds: int, threads: int | None) -> l
                 f"offline {row['offline']:.1f}; kept {kept:.2f}",
                 flush=True,
             )
-    return rows
+    return {"machine": described, "runs": rows}
