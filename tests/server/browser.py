@@ -125,10 +125,11 @@ def browse() -> Iterator[Browser]:
     """A browser with an empty profile, until the block ends."""
     assert CHROMIUM and DRIVER, "needs chromium and chromedriver (Debian: chromium-driver)"
     port = free_port()
+    url = httpx.URL(f"http://127.0.0.1:{port}")
     driver = subprocess.Popen([DRIVER, f"--port={port}", "--log-level=OFF"])
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as http,
+        httpx.Client(base_url=url, timeout=60, trust_env=False) as http,
     ):
         wanted = {
             "browserName": "chrome",
@@ -143,12 +144,13 @@ def browse() -> Iterator[Browser]:
             _wait_for(http)
             answer = http.post("/session", json={"capabilities": {"alwaysMatch": wanted}})
             assert answer.is_success, answer.text
-            session = f"/session/{answer.json()['value']['sessionId']}/"
-            http.base_url = http.base_url.join(session)
+            session = url.join(f"/session/{answer.json()['value']['sessionId']}")
+            http.base_url = session
             yield Browser(http)
         finally:
+            # Without it chromium outlives its driver.
             if session is not None:
-                http.delete(session.rstrip("/"))
+                assert http.delete(session).is_success
             driver.terminate()
             driver.wait(10)
 
