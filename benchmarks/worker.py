@@ -160,13 +160,10 @@ class Worker:
             return profile.report()
 
     def read_out(self, rows: list[int], repeats: int = 9) -> dict[str, Any]:
-        """Median seconds of the product of so many states with the vocabulary; our engine only.
-
-        The states are another row's memory each time, the weights are too large for the caches.
-        """
+        """Median seconds of the product of so many states with the vocabulary; our engine only."""
         import torch
 
-        model = self.engine.model_executor.driver_worker.worker.model_runner.model
+        model = PassProfile(self.llm).runner.model
         medians = []
         for count in rows:
             seconds = []

@@ -34,6 +34,9 @@ from ouro_runtime.loop.executor import StepExecutor, StepResult
 from ouro_runtime.loop.greedy import argmax
 from ouro_runtime.loop.planner import Rows, Segments, StepPlan
 
+# What model/cpu_attention.py calls.
+check_parameters(ops.cpu_attn_reshape_and_cache, "key_cache", "slot_mapping", "isa")
+check_parameters(ops.cpu_attention_with_kv_cache, "query_start_loc", "scheduler_metadata", "s_aux")
 check_parameters(CPUModelRunner._model_forward, "input_ids", "positions")
 check_parameters(CPUModelRunner._sample, "logits", "spec_decode_metadata")
 check_parameters(CPUModelRunner._build_attention_metadata, "num_tokens", "num_reqs")
@@ -252,21 +255,15 @@ class OuroCPUModelRunner(CPUModelRunner):
         self._stand_ins.owe(self._slots[req], pos, depth)
 
     def settle(self, segments: Segments) -> None:
-        deeper = np.nonzero(segments.loop)[0]
-        if len(deeper):
-            req = segments.req[deeper]
-            self._stand_ins.settle(
-                self._slots[req],
-                segments.loop[deeper],
-                segments.seq_len[deeper].astype(np.int64) - 1,
-                self._pages.block_table,
-                req,
-            )
+        self._stand_ins.settle(
+            self._slots[segments.req],
+            segments.loop,
+            segments.seq_len.astype(np.int64) - 1,
+            self._pages.block_table,
+            segments.req,
+        )
 
     def margin(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = type(self.model).compute_logits(self.model, hidden)
         top = logits.float().softmax(dim=-1).topk(2, dim=-1).values
         return top[:, 0] - top[:, 1]
-
-
-assert hasattr(ops, "cpu_attn_reshape_and_cache"), "vLLM's CPU attention kernels are gone"

@@ -2,7 +2,7 @@
 
 A policy never decides by itself: `exit_mask` applies the loop limits around every policy in the
 same way, so a new policy is one function that returns scores. In numpy: between two passes over a
-model's weights the code of torch's dispatcher is cold, and took five times as long.
+model's weights the code of torch's dispatcher is cold.
 """
 
 from collections.abc import Callable

@@ -198,15 +198,7 @@ class StepPlan:
         req = np.repeat(np.arange(len(work)), count)
         offset = np.arange(len(req)) - np.repeat(np.cumsum(count) - count, count)
         pos = start[req] + offset
-        rows = Rows(
-            req=req,
-            pos=pos,
-            loop=np.zeros(len(req), np.int64),
-            stop=np.full(len(req), self.loops, np.int64),
-            head=pos == known[req] - 1,
-            survival=np.ones(len(req), np.float32),
-            history=np.ones((len(req), self.loops), np.float32),
-        )
+        rows = self._new_rows(req, pos, np.zeros(len(req), np.int64), pos == known[req] - 1)
         self.restore: list[tuple[int, Carried]] = []
         first = np.cumsum(count) - count
         deep: list[tuple[int, Carried]] = []
@@ -225,14 +217,11 @@ class StepPlan:
         if deep:
             self.restore += [(len(rows) + i, c) for i, (_, c) in enumerate(deep)]
             rows = rows.append(
-                Rows(
+                self._new_rows(
                     req=np.array([index for index, _ in deep], np.int64),
                     pos=np.array([c.position for _, c in deep], np.int64),
                     loop=np.array([c.loop for _, c in deep], np.int64),
-                    stop=np.full(len(deep), self.loops, np.int64),
                     head=np.zeros(len(deep), bool),
-                    survival=np.ones(len(deep), np.float32),
-                    history=np.ones((len(deep), self.loops), np.float32),
                 )
             )
         return rows
@@ -351,7 +340,9 @@ class StepPlan:
         reuse = np.nonzero(starts & ~stays)[0]
         append = np.nonzero(starts & stays)[0]
         reuse_rows = out.rows[reuse]
-        born = self._heads(out.req[append], rows.pos[out.rows[append]] + 1) if len(append) else None
+        if len(append):
+            req, pos = out.req[append], rows.pos[out.rows[append]] + 1
+            born = self._new_rows(req, pos, np.zeros(len(req), np.int64), np.ones(len(req), bool))
         rows.pos[reuse_rows] += 1
         rows.loop[reuse_rows] = 0
         rows.head[reuse_rows] = True
@@ -365,18 +356,20 @@ class StepPlan:
         keep = np.nonzero(~ended)[0] if ended.any() else None
         if keep is not None:
             self.rows = rows.take(keep)
-        if born is not None:
+        if len(append):
             self.rows = self.rows.append(born)
         return Move(fill, reuse, reuse_rows, append, keep, done)
 
-    def _heads(self, req: np.ndarray, pos: np.ndarray) -> Rows:
-        """New heads of requests [M] at positions [M]."""
+    def _new_rows(
+        self, req: np.ndarray, pos: np.ndarray, loop: np.ndarray, head: np.ndarray
+    ) -> Rows:
+        """Rows [M] that may run every loop, their survival not known yet."""
         return Rows(
             req=req,
             pos=pos,
-            loop=np.zeros(len(req), np.int64),
+            loop=loop,
             stop=np.full(len(req), self.loops, np.int64),
-            head=np.ones(len(req), bool),
+            head=head,
             survival=np.ones(len(req), np.float32),
             history=np.ones((len(req), self.loops), np.float32),
         )

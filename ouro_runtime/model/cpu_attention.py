@@ -2,8 +2,8 @@
 
 vLLM's own way is two operations a layer, each of which looks up the layer, its metadata and its
 slots and takes a view of the cache. Between two passes over a model's weights that code has left
-the processor's caches, and at small batches it was a thirtieth of a pass. Nothing of it changes
-from one layer to the next: here a pass's metadata is one object, and the views are made once.
+the processor's caches, and at small batches it shows. Nothing of it changes from one layer to the
+next: here a pass's metadata is one object, and the views are made once.
 """
 
 from __future__ import annotations
