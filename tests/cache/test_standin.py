@@ -52,6 +52,11 @@ class Book:
         held = self.expected[:, page + depth - 1][:, :, where]
         self.expected[:, page + loop][:, :, where] = held
 
+    def overwrite(self) -> None:
+        """Other K/V everywhere."""
+        self.pages.copy_(torch.randn(self.pages.shape))
+        self.expected.copy_(self.pages)
+
     def settle(self, slots: list[int], loops: list[int], limits: list[int]) -> None:
         self.stand_ins.settle(
             np.array(slots),
@@ -84,15 +89,13 @@ def test_a_loop_is_paid_once_and_again_after_a_rewind() -> None:
     book.settle([slot], [3], [2])
     book.expect(0, 1, 1, 3)
     assert torch.equal(book.pages, book.expected)
-    book.pages[:] = 0.5 * book.pages
-    book.expected[:] = book.pages
+    book.overwrite()
     book.settle([slot], [3], [3])
     book.expect(0, 2, 2, 3)
     assert torch.equal(book.pages, book.expected), "position 1 was paid before"
-    book.pages[:] = 0.5 * book.pages
+    book.overwrite()
     book.stand_ins.rewind(slot, 1)
     book.settle([slot], [3], [3])
-    book.expected[:] = 0.5 * book.expected
     book.expect(0, 1, 1, 3)
     book.expect(0, 2, 2, 3)
     assert torch.equal(book.pages, book.expected)

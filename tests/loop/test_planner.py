@@ -61,6 +61,11 @@ class Recorder:
             rows = plan.rows
             segments = plan.segments()
             assert segments.first[-1] == len(rows)
+            lengths = np.diff(segments.first)
+            assert segments.max_query == lengths.max()
+            assert np.array_equal(np.repeat(segments.req, lengths), rows.req)
+            assert np.array_equal(np.repeat(segments.loop, lengths), rows.loop)
+            assert np.array_equal(segments.seq_len - 1, rows.pos[segments.first[1:] - 1])
             for row in range(len(rows)):
                 cell = (int(rows.pos[row]), int(rows.loop[row]))
                 log = self.ran[chosen[rows.req[row]]]
