@@ -1,13 +1,16 @@
 """Stand-in K/V: the exit loop's K and V in the slots of the deeper loops (mode `skip`).
 
 A token that leaves early owes its deeper loops K/V, and the debt is paid when a cell of a later
-position is about to read it, loop by loop. A loop that nobody reaches again is never filled, and
+position is about to read it, loop by loop, by each layer right before its attention: the processor
+fetches the filled lines once for both. A loop that nobody reaches again is never filled, and
 positions side by side are filled together, which costs little more than one: in a page they share
 cache lines.
 
 The layout of a page is the attention backend's own (vLLM's CPU kernels keep K transposed, or in
 tiles). So the place of each element is found once by writing a known token to every offset of a
-scratch page; after that a stand-in moves raw elements, whatever the layout.
+scratch page; after that a stand-in moves raw elements, whatever the layout. In a compiled loop, not
+by tensor indexing: K lies scattered over a page, and index tensors as large as what is moved made a
+fill twice as slow.
 """
 
 from collections.abc import Callable
@@ -50,61 +53,67 @@ def probe_layout(write: WriteToken, block_size: int, head_size: int, dtype: torc
     return places
 
 
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+
+
+def raw(pages: torch.Tensor) -> np.ndarray:
+    """A layer's cache [num_pages, kv_heads, block_size, 2 * head_size] as elements without meaning:
+    [num_pages, kv_heads, page_elements], the same memory."""
+    return pages.view(INTEGERS[pages.element_size()]).flatten(2).numpy()
+
+
 @numba.njit(nogil=True)
-def _settle(
-    pages, places, depths, filled, slot, loop, limit, table, row, loops
-):  # pragma: no cover (compiled)
-    """`StandIns.settle` on numpy views; elements are moved, never interpreted."""
+def fill(pages, places, debts):  # pragma: no cover (compiled)
+    """Pay debts in one layer.
+
+    Args:
+        pages: as `raw` returns them. places: as `probe_layout` returns them.
+        debts: as `StandIns.due` returns them.
+    """
+    for head in range(pages.shape[1]):
+        for debt in range(debts.shape[0]):
+            held = pages[debts[debt, 0], head]
+            filling = pages[debts[debt, 1], head]
+            where = places[debts[debt, 2]]
+            for element in range(where.shape[0]):
+                filling[where[element]] = held[where[element]]
+
+
+@numba.njit(nogil=True)
+def _due(depths, filled, slot, loop, limit, table, row, loops, block_size):  # pragma: no cover
+    """`StandIns.due`, compiled."""
     most = 0
     for s in range(slot.shape[0]):
         most += max(0, limit[s] - filled[slot[s], loop[s]])
-    source, target = np.empty(most, np.int64), np.empty(most, np.int64)
-    offset = np.empty(most, np.int64)
+    debts = np.empty((most, 3), np.int64)
     owed = 0
     for s in range(slot.shape[0]):
         done = filled[slot[s], loop[s]]
         for position in range(done, limit[s]):
             depth = depths[slot[s], position]
             if 0 < depth <= loop[s]:
-                page = np.int64(table[row[s], position // places.shape[0]]) * loops
-                source[owed], target[owed] = page + depth - 1, page + loop[s]
-                offset[owed] = position % places.shape[0]
+                page = np.int64(table[row[s], position // block_size]) * loops
+                debts[owed] = (page + depth - 1, page + loop[s], position % block_size)
                 owed += 1
         filled[slot[s], loop[s]] = max(done, limit[s])
-    for layer in range(pages.shape[0]):
-        for head in range(pages.shape[2]):
-            for debt in range(owed):
-                where = places[offset[debt]]
-                held = pages[layer, source[debt], head]
-                filling = pages[layer, target[debt], head]
-                for element in range(where.shape[0]):
-                    filling[where[element]] = held[where[element]]
+    return debts[:owed]
 
 
 class StandIns:
-    """What requests owe the deeper loops of their positions, and the copies that pay it.
-
-    A compiled loop, not tensor indexing: K lies scattered over a page, and index tensors as large
-    as what is moved made a fill twice as slow.
+    """What requests owe the deeper loops of their positions.
 
     Args:
-        pages: [L, num_pages, kv_heads, page_elements], the cache of every layer, in memory order.
-        places: as `probe_layout` returns them. loops: T. positions: the longest request.
+        loops: T. positions: the longest request. block_size: positions a block holds.
     """
 
-    def __init__(
-        self, pages: torch.Tensor, places: torch.Tensor, loops: int, positions: int
-    ) -> None:
-        integer = {1: torch.int8, 2: torch.int16, 4: torch.int32}[pages.element_size()]
-        self._pages = pages.view(integer).numpy()
-        self._places = places.numpy()
-        self._loops = loops
+    def __init__(self, loops: int, positions: int, block_size: int) -> None:
+        self._loops, self._block_size = loops, block_size
         # By request slot: the depth of positions in debt, else 0; how far each loop is paid.
         self._depths = np.zeros((1, positions), np.uint8)
         self._filled = np.zeros((1, loops), np.int64)
         self._free = [0]
         none = np.zeros(0, np.int64)
-        self.settle(none, none, none, np.zeros((0, 1), np.int32), none)  # compiles
+        self.due(none, none, none, np.zeros((0, 1), np.int32), none)  # compiles
 
     def open(self, prompt: int) -> int:
         """A slot for a request whose `prompt` positions will owe nothing."""
@@ -130,24 +139,26 @@ class StandIns:
         """Positions [M] of request slots [M] left at `depth` [M], 1-based."""
         self._depths[slot, pos] = depth
 
-    def settle(
+    def due(
         self,
         slot: np.ndarray,
         loop: np.ndarray,
         limit: np.ndarray,
         table: np.ndarray,
         row: np.ndarray,
-    ) -> None:
-        """Fill what cells that are about to run will read.
+    ) -> np.ndarray:
+        """What must be filled before cells run, and counts as paid from now on.
 
         Args:
             slot: [S] int64, request slots. loop: [S] int64, 0-based, the loop the cells run.
             limit: [S] int64, positions before this one are read.
             table: [R, B] int32, logical blocks. row: [S] int64, the requests' rows of it.
+
+        Returns:
+            [D, 3] int64: the page that holds a position's K/V, the page to fill, and the position's
+            offset in both. The same for every layer.
         """
-        _settle(
-            self._pages,
-            self._places,
+        return _due(
             self._depths,
             self._filled,
             slot,
@@ -156,4 +167,5 @@ class StandIns:
             table,
             row,
             self._loops,
+            self._block_size,
         )

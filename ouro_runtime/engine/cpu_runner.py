@@ -17,22 +17,23 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from ouro_runtime.cache.pages import LoopPages
-from ouro_runtime.cache.standin import StandIns, probe_layout
+from ouro_runtime.cache.standin import StandIns
 from ouro_runtime.config import LoopConfig, StepReport
 from ouro_runtime.engine.pin import check_parameters
 from ouro_runtime.engine.requests import LoopRequest
 from ouro_runtime.engine.row_sampler import StepSampler
-from ouro_runtime.engine.step_output import StepOutput
+from ouro_runtime.engine.step_output import StepOutput, note_tokens
 from ouro_runtime.exit.policy import POLICIES
 from ouro_runtime.loop.executor import StepExecutor, StepResult
-from ouro_runtime.loop.greedy import argmax
-from ouro_runtime.loop.planner import Rows, Segments, StepPlan
+from ouro_runtime.loop.planner import Left, Rows, Segments, StepPlan
+from ouro_runtime.model.cpu_attention import Cells
 
 # What model/cpu_attention.py calls.
 check_parameters(ops.cpu_attn_reshape_and_cache, "key_cache", "slot_mapping", "isa")
@@ -51,7 +52,6 @@ class OuroCPUModelRunner(CPUModelRunner):
         self.loop_config = LoopConfig.of(vllm_config)
         self.executor = StepExecutor(self.loop_config.loops, POLICIES["gate"])
         self.loop_requests: dict[str, LoopRequest] = {}
-        argmax(torch.zeros(1, 1, dtype=self.model_config.dtype))  # compiles
 
     # ---- set-up -------------------------------------------------------------------------------
 
@@ -61,36 +61,10 @@ class OuroCPUModelRunner(CPUModelRunner):
         (attention,) = self.attn_groups[0]
         assert attention.backend is CPUAttentionBackend, attention.backend
         self._metadata_builder = attention.get_metadata_builder()
-        layers = [
-            self.compilation_config.static_forward_context[name] for name in self._group.layer_names
-        ]
         self._block_size = self._group.kv_cache_spec.block_size
         table = self.input_batch.block_table[0]
         assert table.block_size == self._block_size, "kernel blocks differ from logical blocks"
-        self._stand_ins = self._make_stand_ins(layers)
-
-    def _make_stand_ins(self, layers: list[Any]) -> StandIns:
-        caches = [layer.kv_cache for layer in layers]
-        first, spec = caches[0], self._group.kv_cache_spec
-        pages, heads, block_size, content = first.shape
-
-        def write(
-            key: torch.Tensor, value: torch.Tensor, page: torch.Tensor, slot: torch.Tensor
-        ) -> None:
-            layers[0].impl.do_kv_cache_update(layers[0], key, value, page, slot)
-
-        places = probe_layout(write, block_size, spec.head_size, spec.dtype)
-        elements = block_size * content
-        step = (caches[-1].data_ptr() - first.data_ptr()) // first.element_size()
-        stride = step // max(1, len(caches) - 1)
-        for index, cache in enumerate(caches):
-            offset = (cache.data_ptr() - first.data_ptr()) // first.element_size()
-            assert offset == index * stride, "layers are not evenly spaced in the K/V allocation"
-        flat = first.as_strided(
-            (len(caches), pages, heads, elements),
-            (stride, heads * elements, elements, 1),
-        )
-        return StandIns(flat, places, self.loop_config.loops, self.max_model_len)
+        self._stand_ins = StandIns(self.loop_config.loops, self.max_model_len, self._block_size)
 
     # ---- requests -----------------------------------------------------------------------------
 
@@ -161,10 +135,10 @@ class OuroCPUModelRunner(CPUModelRunner):
         plan = StepPlan(work, self.loop_config.loops)
         embedded = self.model.embed_input_ids(input_ids[: plan.scheduled])
         result = self.executor.run(plan, embedded, self, bool(self.num_prompt_logprobs))
-        for request, depths, carried in zip(
-            self._in_step, result.depths, result.carried, strict=True
-        ):
-            request.depths += depths
+        notes = note_tokens(result.readouts, len(work), self.loop_config.loops)
+        self._notes = dict(zip(batch.req_ids, notes, strict=True))
+        for request, noted, carried in zip(self._in_step, notes, result.carried, strict=True):
+            request.depths += noted[:, 0].tolist()
             request.carried = carried
         self._result: StepResult = result
         # The base class computes logits next: give it those of deferred requests, and only them.
@@ -202,12 +176,7 @@ class OuroCPUModelRunner(CPUModelRunner):
                 tokens=sum(map(len, output.sampled_token_ids)),
                 seconds=result.seconds,
             )
-            output.ouro = StepOutput(
-                dict(zip(output.req_ids, result.depths, strict=True)),
-                dict(zip(output.req_ids, result.loops_run, strict=True)),
-                dict(zip(output.req_ids, result.exit_cdf, strict=True)),
-                report,
-            )
+            output.ouro = StepOutput(self._notes, report)
             del self._result
         return output
 
@@ -234,34 +203,34 @@ class OuroCPUModelRunner(CPUModelRunner):
                 causal=True,
             ),
         )
-        get_forward_context().attn_metadata = metadata
-
-    def run_pass(self, hidden: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.model.model(hidden, torch.from_numpy(rows.pos))
-
-    def embed(self, tokens: np.ndarray) -> torch.Tensor:
-        return self.model.embed_input_ids(torch.from_numpy(tokens))
-
-    def sample(self, req: np.ndarray, hidden: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        tokens = self._step_sampler.sample(req, type(self.model).compute_logits(self.model, hidden))
-        finished = np.zeros(len(req), bool)
-        for place, (index, token) in enumerate(zip(req.tolist(), tokens.tolist(), strict=True)):
-            request = self._in_step[index]
-            sampled = len(self._step_sampler.outputs[index])
-            finished[place] = token in request.stops or sampled >= request.max_tokens
-        return tokens, finished
-
-    def stand_in(self, req: np.ndarray, pos: np.ndarray, depth: np.ndarray) -> None:
-        self._stand_ins.owe(self._slots[req], pos, depth)
-
-    def settle(self, segments: Segments) -> None:
-        self._stand_ins.settle(
+        debts = self._stand_ins.due(
             self._slots[segments.req],
             segments.loop,
             segments.seq_len.astype(np.int64) - 1,
             self._pages.block_table,
             segments.req,
         )
+        self._cells = get_forward_context().attn_metadata = Cells(metadata, debts)
+
+    def run_pass(
+        self, hidden: torch.Tensor, rows: Rows
+    ) -> tuple[torch.Tensor, torch.Tensor, float]:
+        hidden, halt = self.model.model(hidden, torch.from_numpy(rows.pos))
+        return hidden, halt, self._cells.seconds
+
+    def embed(self, tokens: np.ndarray) -> torch.Tensor:
+        ids, table = torch.from_numpy(tokens), self.model.model.embed_tokens
+        if table.tp_size == 1 and type(table.quant_method) is UnquantizedEmbeddingMethod:
+            return torch.nn.functional.embedding(ids, table.weight)
+        return self.model.embed_input_ids(ids)
+
+    def sample(self, req: np.ndarray, hidden: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        tokens = self._step_sampler.sample(req, type(self.model).compute_logits(self.model, hidden))
+        pairs = zip(req.tolist(), tokens.tolist(), strict=True)
+        return tokens, np.array([token in self._in_step[i].stops for i, token in pairs], bool)
+
+    def stand_in(self, left: Left) -> None:
+        self._stand_ins.owe(self._slots[left.req], left.pos, left.depth)
 
     def margin(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = type(self.model).compute_logits(self.model, hidden)

@@ -12,7 +12,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.gpu.async_utils import async_copy_to_np, stream
 
 from ouro_runtime.config import StepReport
-from ouro_runtime.engine.step_output import StepOutput
+from ouro_runtime.engine.step_output import StepOutput, pack_notes
 from ouro_runtime.loop.executor import PARTS
 
 
@@ -56,12 +56,10 @@ class StepBill:
         )
         cells += self.rows - int(lanes.sum())
         history = packed[:, loops + 2 :].view(np.float32).reshape(-1, loops, loops)
-        cdf = exit_cdf(history, depths, start)
+        notes = pack_notes(depths, ran, exit_cdf(history, depths, start))
         amounts = count.tolist()
         return StepOutput(
-            {r: depths[i, : amounts[i]].tolist() for i, r in enumerate(self.req_ids)},
-            {r: ran[i, : amounts[i]].tolist() for i, r in enumerate(self.req_ids)},
-            {r: cdf[i, : amounts[i]].tolist() for i, r in enumerate(self.req_ids)},
+            {r: notes[i, : amounts[i]] for i, r in enumerate(self.req_ids)},
             StepReport(
                 pass_rows=[self.rows] * loops,
                 rows_by_loop=cells.tolist(),

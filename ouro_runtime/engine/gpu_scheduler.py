@@ -111,7 +111,7 @@ class OuroAsyncScheduler(LoopSchedulerMixin, AsyncScheduler):
             stale = request.num_stale_output_tokens > 0
             if stale and request.drop_stale_output:
                 continue
-            tokens = len(step.depths[req_id])
+            tokens = len(step.notes[req_id])
             came.append(request)
             if req_id in scheduler_output.ouro_brings and not stale:
                 self._expect(request, request.num_tokens + tokens)
@@ -120,7 +120,7 @@ class OuroAsyncScheduler(LoopSchedulerMixin, AsyncScheduler):
         result = super().update_from_output(scheduler_output, model_runner_output)
         self._add_depths(result, step)
         for request in came:
-            depths = step.depths[request.request_id]
+            depths = step.depths(request.request_id)
             if depths and not request.is_finished() and request.request_id in self.requests:
                 running = request.status == RequestStatus.RUNNING
                 written = request.num_computed_tokens - request.num_output_placeholders

@@ -278,4 +278,4 @@ class OuroModelState(ModelState):
     def note(self, bill: StepBill, output: Any) -> None:
         """A step's depths are on the host."""
         for req_id, epoch in zip(bill.req_ids, bill.epochs, strict=True):
-            self.requests.note(req_id, epoch, output.depths[req_id])
+            self.requests.note(req_id, epoch, output.depths(req_id))

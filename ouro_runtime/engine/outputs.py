@@ -1,8 +1,8 @@
 """Seam: how depths travel from the engine core to the API process, and where they come out.
 
 `EngineCoreOutput` has no room for what a plugin adds, so depths ride in `routed_experts`, an array
-per output that only mixture-of-experts models fill: here int16 `[tokens, 2 + T]` (depth, loops run,
-the gate's CDF after each loop). vLLM already trims it to the tokens kept when a stop string is
+per output that only mixture-of-experts models fill: here the tokens' notes (`step_output.py`). vLLM
+already trims it to the tokens kept when a stop string is
 found. What a step's passes did rides in an output for a request id that nobody has; vLLM drops it,
 we read it on the way.
 
@@ -33,26 +33,11 @@ from ouro_runtime.config import (
     StepReport,
 )
 from ouro_runtime.engine.pin import SeamError, check_parameters
+from ouro_runtime.engine.step_output import unpack_cdf
 from ouro_runtime.loop.executor import PARTS
 from ouro_runtime.pace import Pace
 
 REPORT_ID = "ouro-step-report"
-
-
-CDF_STEPS = 10_000
-"""A CDF travels as a whole number of these parts of 1."""
-
-
-def pack_tokens(depths: list[int], loops_run: list[int], exit_cdf: list[list[float]]) -> np.ndarray:
-    """[tokens, 2 + T] int16; every argument has one entry per token, `exit_cdf`'s are [T]."""
-    cdf = np.rint(CDF_STEPS * np.array(exit_cdf))
-    return np.column_stack([depths, loops_run, cdf]).astype(np.int16)
-
-
-def unpack_cdf(packed: np.ndarray) -> list[list[float]]:
-    """Of what `pack_tokens` made: per token CDF(1)..CDF(depth), to four digits."""
-    cdf = (packed[:, 2:] / CDF_STEPS).tolist()
-    return [row[:depth] for row, depth in zip(cdf, packed[:, 0].tolist(), strict=True)]
 
 
 def pack_report(report: StepReport) -> EngineCoreOutput:

@@ -1,6 +1,7 @@
 """What the worker remembers of a request between steps."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,11 @@ class LoopRequest:
             or getattr(sampling, "thinking_token_budget", None) is not None,
         )
 
+    @cached_property
+    def _forced(self) -> np.ndarray | None:
+        depths = self.params.forced_depths
+        return np.array(depths) if depths else None
+
     def work(self, start: int, count: int, known: int, max_model_len: int) -> Work:
         """This request's part of a step; see `Work`."""
         params = self.params
@@ -57,7 +63,7 @@ class LoopRequest:
             threshold=1.0 if params.forced_depths else params.exit_threshold,
             min_loops=params.min_loops,
             max_loops=params.max_loops,
-            forced=np.array(params.forced_depths) if params.forced_depths else None,
+            forced=self._forced,
             exact=params.exit_mode == "exact",
             single=self.single,
             depths=self.depths,

@@ -107,7 +107,7 @@ class StepSampler:
 
     Args:
         sampler: vLLM's sampler. metadata: the step's. outputs: per request, the list of its output
-            tokens that penalties and min_tokens read; it grows during the step.
+            tokens that penalties and min_tokens read; it grows during the step, if they may.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class StepSampler:
         self.sampler = sampler
         self.metadata = metadata
         self.outputs = outputs
-        self.tokens: list[list[int]] = [[] for _ in outputs]
+        self._taken: list[tuple[np.ndarray, np.ndarray]] = []
         self._logprobs: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in outputs]
         self._stateful = [p for p in metadata.logitsprocs.all if not _idle(p)]
         self._bare_greedy = is_bare_greedy(metadata)
@@ -124,13 +124,18 @@ class StepSampler:
     def sample(self, rows: np.ndarray, logits: torch.Tensor) -> np.ndarray:
         """Sample `logits` [M, vocab] of batch indices `rows` [M]: tokens [M] int64."""
         if self._bare_greedy:
-            return self._took(rows, argmax(logits))
+            tokens = argmax(logits)
+            self._taken.append((rows, tokens))
+            return tokens
         batch = len(self.outputs)
         metadata = self.metadata
         if len(rows) != batch or not np.array_equal(rows, np.arange(batch)):
             metadata = rows_of(metadata, rows, batch)
         out = self.sampler(logits=logits, sampling_metadata=metadata)
-        tokens = self._took(rows, out.sampled_token_ids.view(-1).numpy().astype(np.int64))
+        tokens = out.sampled_token_ids.view(-1).numpy().astype(np.int64)
+        self._taken.append((rows, tokens))
+        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+            self.outputs[row].append(token)
         if out.logprobs_tensors is not None:
             for place, row in enumerate(rows.tolist()):
                 self._logprobs[row].append(
@@ -140,25 +145,26 @@ class StepSampler:
             processor.update_state(None)
         return tokens
 
-    def _took(self, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
-            self.tokens[row].append(token)
-            self.outputs[row].append(token)
-        return tokens
-
     def finish(self) -> tuple[torch.Tensor, LogprobsTensors | None]:
         """Tokens [R, W] int32 padded with -1, and the log-probabilities in the same places.
 
         Takes the step's tokens off `outputs` again: vLLM's bookkeeping adds them.
         """
-        for row, tokens in enumerate(self.tokens):
-            if tokens:
-                del self.outputs[row][-len(tokens) :]
-        width = max(2, *(len(tokens) for tokens in self.tokens))
-        padded = torch.full((len(self.tokens), width), -1, dtype=torch.int32)
-        for row, tokens in enumerate(self.tokens):
-            padded[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int32)
-        return padded, self._pad_logprobs(width)
+        requests = len(self.outputs)
+        rows, tokens = (
+            np.concatenate([np.zeros(0, np.int64), *parts])
+            for parts in (zip(*self._taken, strict=True) if self._taken else ((), ()))
+        )
+        count = np.bincount(rows, minlength=requests)
+        width = max(2, int(count.max()))
+        padded = np.full((requests, width), -1, np.int32)
+        order = np.argsort(rows, kind="stable")
+        place = np.arange(len(rows)) - np.repeat(np.cumsum(count) - count, count)
+        padded[rows[order], place] = tokens[order]
+        if not self._bare_greedy:
+            for taken, held in zip(count.tolist(), self.outputs, strict=True):
+                del held[len(held) - taken :]
+        return torch.from_numpy(padded), self._pad_logprobs(width)
 
     def _pad_logprobs(self, width: int) -> LogprobsTensors | None:
         first = next((entry for row in self._logprobs for entry in row), None)

@@ -34,7 +34,7 @@ class OuroScheduler(LoopSchedulerMixin, Scheduler):
         self._add_depths(result, step)
         for req_id, request in at_head.items():
             if req_id in self.requests and not request.is_finished():
-                depths = step.depths[req_id]
+                depths = step.depths(req_id)
                 request.num_computed_tokens += len(depths) - 1
                 self._advance_clean(request, depths, request.num_computed_tokens)
         self._send_report(result, step)

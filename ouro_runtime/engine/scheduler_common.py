@@ -16,7 +16,7 @@ from vllm.v1.request import Request
 
 from ouro_runtime.cache.sharing import CleanPrefix
 from ouro_runtime.config import ExitParams, LoopConfig
-from ouro_runtime.engine.outputs import pack_report, pack_tokens
+from ouro_runtime.engine.outputs import pack_report
 from ouro_runtime.engine.pin import check_parameters
 from ouro_runtime.engine.step_output import StepOutput
 
@@ -74,11 +74,7 @@ class LoopSchedulerMixin:
             for output in outputs.outputs:
                 tokens = len(output.new_token_ids)
                 if tokens:
-                    output.routed_experts = pack_tokens(
-                        step.depths[output.request_id][:tokens],
-                        step.loops_run[output.request_id][:tokens],
-                        step.exit_cdf[output.request_id][:tokens],
-                    )
+                    output.routed_experts = step.notes[output.request_id][:tokens]
 
     def _send_report(self, result: dict[int, EngineCoreOutputs], step: StepOutput) -> None:
         if not self.log_stats:

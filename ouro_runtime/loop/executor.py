@@ -15,7 +15,17 @@ import torch
 
 from ouro_runtime.exit.gate import survive
 from ouro_runtime.exit.policy import ExitPolicy, ExitSignals, exit_mask
-from ouro_runtime.loop.planner import Carried, Move, Readout, Rows, Segments, StepPlan
+from ouro_runtime.loop.planner import (
+    NOBODY,
+    NONE,
+    Carried,
+    Left,
+    Move,
+    Readout,
+    Rows,
+    Segments,
+    StepPlan,
+)
 
 PARTS = ("block", "metadata", "read_out", "stand_in", "plan")
 """Where the time of a pass goes: the block itself; attention metadata; logits and sampling;
@@ -26,10 +36,16 @@ class PassRunner(Protocol):
     """What the executor needs of an engine."""
 
     def prepare(self, rows: Rows, segments: Segments) -> None:
-        """Point attention at the cells of the next pass."""
+        """Point attention at the cells of the next pass and the stand-ins that they will read."""
 
-    def run_pass(self, hidden: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """One application of the block: [N, H] -> normed states [N, H], lambda [N] float32."""
+    def run_pass(
+        self, hidden: torch.Tensor, rows: Rows
+    ) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """One application of the block, which fills the stand-ins that it reads.
+
+        Returns:
+            Normed states [N, H], lambda [N] float32, and the seconds that went to stand-ins.
+        """
 
     def embed(self, tokens: np.ndarray) -> torch.Tensor:
         """Embeddings [M, H] of token ids [M] int64."""
@@ -37,11 +53,8 @@ class PassRunner(Protocol):
     def sample(self, req: np.ndarray, hidden: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Read out and sample states [M, H] of requests [M]: tokens [M], finished [M] bool."""
 
-    def stand_in(self, req: np.ndarray, pos: np.ndarray, depth: np.ndarray) -> None:
-        """From now on the K/V of cells at loop `depth` (1-based) stands for their deeper loops."""
-
-    def settle(self, segments: Segments) -> None:
-        """Fill the stand-ins that the cells of the next pass will read."""
+    def stand_in(self, left: Left) -> None:
+        """From now on the K/V of positions at their last loop stands for their deeper ones."""
 
     def margin(self, hidden: torch.Tensor) -> torch.Tensor:
         """Top-1 minus top-2 probability [N] of the read-out of states [N, H]."""
@@ -52,9 +65,7 @@ class StepResult:
     """What a step's passes brought.
 
     Attributes:
-        depths: per request, the depth of each token read out, in order.
-        loops_run: per request, loops executed at the position that each token was read out of.
-        exit_cdf: per request and token, CDF(1)..CDF(depth) of the gate, then zeros, [T].
+        readouts: what was read out after each pass that read out anything.
         deferred: request -> normed state [H] read out but not sampled yet.
         carried: per request, rows to be carried over.
         hidden: [scheduled, H] normed states at loop T of the scheduled prompt positions (other
@@ -63,11 +74,9 @@ class StepResult:
         seconds: wall time by part of a pass, see `PARTS`.
     """
 
-    depths: list[list[int]]
-    loops_run: list[list[int]]
-    exit_cdf: list[list[list[float]]]
+    carried: list[list[Carried]]
+    readouts: list[Readout] = field(default_factory=list)
     deferred: dict[int, torch.Tensor] = field(default_factory=dict)
-    carried: list[list[Carried]] = field(default_factory=list)
     hidden: torch.Tensor | None = None
     pass_rows: list[int] = field(default_factory=list)
     rows_by_loop: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -84,6 +93,29 @@ class _Watch:
         now = perf_counter()
         self.seconds[part] += now - self.last
         self.last = now
+
+
+def _pick(states: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
+    """Rows of `states`, by a lighter way than indexing."""
+    return states.index_select(0, torch.from_numpy(rows))
+
+
+class _LastStates:
+    """States [scheduled, H] at loop T of a step's prompt positions, gathered as they finish."""
+
+    def __init__(self, plan: StepPlan, embedded: torch.Tensor) -> None:
+        self.hidden = torch.zeros_like(embedded)
+        self._source = np.arange(len(plan.rows))
+        self._source[plan.scheduled :] = -1
+
+    def follow(self, move: Move, hidden: torch.Tensor) -> None:
+        """Take the states of the rows that are done, then move with the others."""
+        done = move.done[self._source[move.done] >= 0]
+        self.hidden[torch.from_numpy(self._source[done])] = hidden[torch.from_numpy(done)]
+        self._source[move.reuse_rows] = -1
+        if move.keep is not None:
+            self._source = self._source[move.keep]
+        self._source = np.concatenate([self._source, np.full(len(move.append), -1)])
 
 
 class StepExecutor:
@@ -110,51 +142,44 @@ class StepExecutor:
             embedded: [scheduled, H] embeddings of the scheduled positions, in request order.
             keep_hidden: return the last states of the scheduled positions.
         """
-        requests = len(plan.work)
         result = StepResult(
-            depths=[[] for _ in range(requests)],
-            loops_run=[[] for _ in range(requests)],
-            exit_cdf=[[] for _ in range(requests)],
-            carried=[[] for _ in range(requests)],
-            rows_by_loop=np.zeros(self.loops, np.int64),
+            carried=[[] for _ in plan.work], rows_by_loop=np.zeros(self.loops, np.int64)
         )
         lap = _Watch(result.seconds)
         hidden = self._restore(plan, embedded)
-        source = np.arange(len(plan.rows))
-        source[plan.scheduled :] = -1
-        if keep_hidden:
-            result.hidden = torch.zeros_like(embedded)
+        kept = _LastStates(plan, embedded) if keep_hidden else None
         while len(plan.rows) and plan.passes_left:
             rows = plan.rows
             result.pass_rows.append(len(rows))
             result.rows_by_loop += np.bincount(rows.loop, minlength=self.loops)
             segments = plan.segments()
             lap("plan")
-            runner.settle(segments)
-            lap("stand_in")
             runner.prepare(rows, segments)
             lap("metadata")
             before = hidden
-            hidden, halt = runner.run_pass(hidden, rows)
+            hidden, halt, standing_in = runner.run_pass(hidden, rows)
             lap("block")
+            lap.seconds["block"] -= standing_in
+            lap.seconds["stand_in"] += standing_in
             out = plan.readout(self._exits(plan, before, hidden, halt, runner))
             lap("plan")
-            tokens, finished = self._read_out(plan, out, hidden, runner, result)
+            tokens, finished = self._read_out(out, hidden, runner, result)
             lap("read_out")
-            req, pos, depth = rows.req, rows.pos.copy(), rows.loop.copy()
             move = plan.advance(out, finished)
+            if len(move.left):
+                runner.stand_in(move.left)
+            if kept is not None:
+                kept.follow(move, hidden)
+            hidden = self._follow(hidden, move, tokens, runner)
             lap("plan")
-            if len(move.fill):
-                runner.stand_in(req[move.fill], pos[move.fill], depth[move.fill])
-                lap("stand_in")
-            if result.hidden is not None:
-                kept = move.done[source[move.done] >= 0]
-                result.hidden[torch.from_numpy(source[kept])] = hidden[torch.from_numpy(kept)]
-            hidden, source = self._follow(hidden, source, move, tokens, runner)
-            lap("plan")
-        for row, request, carried in plan.leftovers():
-            carried.hidden = hidden[row].clone()
-            result.carried[request].append(carried)
+        left = plan.leftovers()
+        if left:
+            states = _pick(hidden, np.array([row for row, _, _ in left])).unbind()
+            for (_, request, carried), state in zip(left, states, strict=True):
+                carried.hidden = state
+                result.carried[request].append(carried)
+        if kept is not None:
+            result.hidden = kept.hidden
         lap("plan")
         return result
 
@@ -164,9 +189,9 @@ class StepExecutor:
             return embedded
         hidden = embedded.new_empty(len(plan.rows), embedded.shape[1])
         hidden[: plan.scheduled] = embedded
-        index = torch.tensor([row for row, _ in plan.restore])
-        hidden[index] = torch.stack([carried.hidden for _, carried in plan.restore])
-        return hidden
+        index = torch.from_numpy(np.array([row for row, _ in plan.restore]))
+        states = torch.stack([carried.hidden for _, carried in plan.restore])
+        return hidden.index_copy_(0, index, states)
 
     def _exits(
         self,
@@ -186,69 +211,54 @@ class StepExecutor:
             after = hidden.float()
             moved = (after - before.float()).norm(dim=-1) / after.norm(dim=-1)
             delta = np.where(rows.loop == 0, np.float32(np.inf), moved.numpy())
-        low, high = plan.limits()
         return exit_mask(
             self.policy.score(ExitSignals(rows.survival, margin, delta)),
             rows.loop + 1,
             plan.threshold[rows.req],
-            low,
-            high,
+            rows.low,
+            rows.high,
             self.loops,
         )
 
     def _read_out(
         self,
-        plan: StepPlan,
         out: Readout,
         hidden: torch.Tensor,
         runner: PassRunner,
         result: StepResult,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Sample the rows that left; put deferred ones aside. Tokens [M] and finished [M]."""
-        tokens = np.zeros(len(out.rows), np.int64)
-        finished = np.zeros(len(out.rows), bool)
-        if not len(out.rows):
-            return tokens, finished
-        states = hidden if len(out.rows) == len(hidden) else hidden[torch.from_numpy(out.rows)]
-        full, cdf = plan.runs_every_loop(out), out.cdf.tolist()
-        for index, request in enumerate(out.req.tolist()):
-            depth = int(out.depth[index])
-            result.depths[request].append(depth)
-            result.loops_run[request].append(self.loops if full[index] else depth)
-            result.exit_cdf[request].append(cdf[index])
-        now = ~out.deferred
-        if now.all():
+        if not len(out):
+            return NONE, NOBODY
+        result.readouts.append(out)
+        states = hidden if len(out) == len(hidden) else _pick(hidden, out.rows)
+        if not out.deferred.any():
             return runner.sample(out.req, states)
+        tokens, finished = np.zeros(len(out), np.int64), np.zeros(len(out), bool)
+        now = ~out.deferred
         for index in np.nonzero(out.deferred)[0]:
             result.deferred[int(out.req[index])] = states[index].clone()
         if now.any():
-            picked = states[torch.from_numpy(np.nonzero(now)[0])]
+            picked = _pick(states, np.nonzero(now)[0])
             tokens[now], finished[now] = runner.sample(out.req[now], picked)
         return tokens, finished
 
     def _follow(
-        self,
-        hidden: torch.Tensor,
-        source: np.ndarray,
-        move: Move,
-        tokens: np.ndarray,
-        runner: PassRunner,
-    ) -> tuple[torch.Tensor, np.ndarray]:
+        self, hidden: torch.Tensor, move: Move, tokens: np.ndarray, runner: PassRunner
+    ) -> torch.Tensor:
         """Move hidden states as the planner moved the rows."""
         if move.nothing:
-            return hidden, source
-        started = np.concatenate([move.reuse, move.append])
-        if len(started):
+            return hidden
+        reused, appended = len(move.reuse), len(move.append)
+        if reused + appended:
+            started = np.concatenate([move.reuse, move.append]) if appended else move.reuse
             fresh = runner.embed(tokens[started])
-            reused = len(move.reuse)
             if reused == len(hidden):
                 hidden = fresh[:reused]
             elif reused:
-                hidden[torch.from_numpy(move.reuse_rows)] = fresh[:reused]
-            source[move.reuse_rows] = -1
+                hidden.index_copy_(0, torch.from_numpy(move.reuse_rows), fresh[:reused])
         if move.keep is not None:
-            hidden, source = hidden[torch.from_numpy(move.keep)], source[move.keep]
-        if len(move.append):
-            hidden = torch.cat([hidden, fresh[len(move.reuse) :]])
-            source = np.concatenate([source, np.full(len(move.append), -1)])
-        return hidden, source
+            hidden = _pick(hidden, move.keep)
+        if appended:
+            hidden = torch.cat([hidden, fresh[reused:]])
+        return hidden

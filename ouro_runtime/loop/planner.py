@@ -73,8 +73,9 @@ class Rows:
     req: np.ndarray  # int64, index of the request in the step
     pos: np.ndarray  # int64
     loop: np.ndarray  # int64, loops done: also the 0-based loop that runs next
-    stop: np.ndarray  # int64, loops after which a row that is no head is done
-    head: np.ndarray  # bool
+    stop: np.ndarray  # int64, loops after which a row is done; HEAD for a head
+    low: np.ndarray  # int64, least loops of a head's token
+    high: np.ndarray  # int64, most loops of a head's token
     survival: np.ndarray  # float32, S(loop)
     history: np.ndarray  # [N, T] float32, S(1)..S(loop) of a head, then anything
 
@@ -91,7 +92,9 @@ class Rows:
         return Rows(*(np.concatenate(pair) for pair in pairs))
 
 
-ROW_FIELDS = ("req", "pos", "loop", "stop", "head", "survival", "history")
+ROW_FIELDS = tuple(Rows.__dataclass_fields__)
+HEAD = 1 << 30
+"""The `stop` of a head: only the exit rule ends it."""
 
 
 @dataclass
@@ -118,6 +121,8 @@ class Readout:
 
     Attributes:
         rows: [M] int64, their rows. req, depth: [M] int64.
+        tail: [M] bool, the row is its prompt's last position.
+        exact: [M] bool, K/V mode `exact`.
         deferred: [M] bool, sampled after the step, not now.
         cdf: [M, T] float32, the gate's CDF(1)..CDF(depth), then zeros. CDF(T) is 1.
     """
@@ -125,8 +130,34 @@ class Readout:
     rows: np.ndarray
     req: np.ndarray
     depth: np.ndarray
+    tail: np.ndarray
+    exact: np.ndarray
     deferred: np.ndarray
     cdf: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def runs_every_loop(self) -> np.ndarray:
+        """[M] bool: positions that run all T loops: the prompt's, and all in `exact`."""
+        return self.tail | self.exact
+
+
+@dataclass
+class Left:
+    """Positions whose loops are over before T: their K/V stands for the deeper loops.
+
+    Attributes:
+        req, pos, depth: [M] int64, requests, positions, loops run.
+    """
+
+    req: np.ndarray
+    pos: np.ndarray
+    depth: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.req)
 
 
 @dataclass
@@ -134,7 +165,7 @@ class Move:
     """How rows change between two passes.
 
     Attributes:
-        fill: rows (before the change) whose K/V must stand in for their deeper loops.
+        left: positions that left early.
         reuse, append: indices into the sampled tokens: their successors take the place of the row
             that was read out, or come after all rows.
         reuse_rows: rows taken by the successors of `reuse`.
@@ -142,7 +173,7 @@ class Move:
         done: rows that finished their last loop.
     """
 
-    fill: np.ndarray
+    left: Left
     reuse: np.ndarray
     reuse_rows: np.ndarray
     append: np.ndarray
@@ -156,14 +187,16 @@ class Move:
 
 
 NONE = np.zeros(0, np.int64)
-STAY = Move(NONE, NONE, NONE, NONE, None, NONE)
+NOBODY = np.zeros(0, bool)
+STAY = Move(Left(NONE, NONE, NONE), NONE, NONE, NONE, None, NONE)
 
 
 class StepPlan:
     """The rows of one engine step, pass by pass.
 
     Per pass: read `rows` and `segments()`, run the block, update `rows.survival`, then
-    `readout(mask)`, sample, and `advance(...)`.
+    `readout(mask)`, sample, and `advance(...)`. Between two passes over a model's weights every
+    line of this file is cold: what a pass does is counted in numpy calls.
 
     Args:
         work: one entry per request of the step; its order gives the request indices.
@@ -172,6 +205,7 @@ class StepPlan:
 
     def __init__(self, work: list[Work], loops: int) -> None:
         self.loops = loops
+        self._columns = np.arange(loops)
         self.passes_left = loops
         self.work = work
         self.threshold = np.array([w.threshold for w in work], np.float32)
@@ -179,13 +213,8 @@ class StepPlan:
         self._last = np.array([w.last for w in work], np.int64)
         self._exact = np.array([w.exact for w in work], bool)
         self._single = np.array([w.single for w in work], bool)
-        self._min = np.array([w.min_loops for w in work], np.int64)
-        self._max = np.array([w.max_loops for w in work], np.int64)
-        self._forced_len = np.array([0 if w.forced is None else len(w.forced) for w in work])
-        self._forced = np.zeros((len(work), max(1, int(self._forced_len.max()))), np.int64)
-        for index, w in enumerate(work):
-            if w.forced is not None:
-                self._forced[index, : len(w.forced)] = w.forced
+        self._known = np.array([w.known for w in work], np.int64)
+        self._low, self._high = self._limits(work)
         self.rows = self._first_rows(work)
         self.scheduled = int(sum(w.count for w in work))
         self._segments: Segments | None = None
@@ -194,11 +223,11 @@ class StepPlan:
         """Scheduled positions in request order, then the deeper rows carried over."""
         count = np.array([w.count for w in work], np.int64)
         start = np.array([w.start for w in work], np.int64)
-        known = np.array([w.known for w in work], np.int64)
         req = np.repeat(np.arange(len(work)), count)
         offset = np.arange(len(req)) - np.repeat(np.cumsum(count) - count, count)
         pos = start[req] + offset
-        rows = self._new_rows(req, pos, np.zeros(len(req), np.int64), pos == known[req] - 1)
+        rows = self._new_rows(req, pos)
+        rows.stop[pos == self._known[req] - 1] = HEAD
         self.restore: list[tuple[int, Carried]] = []
         first = np.cumsum(count) - count
         deep: list[tuple[int, Carried]] = []
@@ -221,7 +250,6 @@ class StepPlan:
                     req=np.array([index for index, _ in deep], np.int64),
                     pos=np.array([c.position for _, c in deep], np.int64),
                     loop=np.array([c.loop for _, c in deep], np.int64),
-                    head=np.zeros(len(deep), bool),
                 )
             )
         return rows
@@ -233,15 +261,17 @@ class StepPlan:
         for position in range(max(w.start, w.prompt), min(w.start + w.count, w.known - 1)):
             rows.stop[first + position - w.start] = w.depths[position - w.prompt + 1]
 
-    def limits(self) -> tuple[np.ndarray, np.ndarray]:
-        """(min, max) loops [N] int64 of each row's token; only heads' entries mean something."""
-        low, high = self._min[self.rows.req], self._max[self.rows.req]
-        if self._forced_len.any():
-            req = self.rows.req
-            length = self._forced_len[req]
-            token = np.maximum(self.rows.pos - self._prompt[req] + 1, 0)
-            depth = self._forced[req, token % np.maximum(length, 1)]
-            low, high = (np.where(length > 0, depth, bound) for bound in (low, high))
+    def _limits(self, work: list[Work]) -> tuple[np.ndarray, np.ndarray]:
+        """(least, most) loops, both [R, T + 1] int64, of the tokens that a step may read out."""
+        ahead = np.arange(self.loops + 1)
+        low, high = (
+            np.repeat(np.array(limits, np.int64)[:, None], len(ahead), axis=1)
+            for limits in ([w.min_loops for w in work], [w.max_loops for w in work])
+        )
+        for index, w in enumerate(work):
+            if w.forced is not None:
+                token = w.known - w.prompt + ahead
+                low[index] = high[index] = w.forced.take(token, mode="wrap")
         return low, high
 
     def segments(self) -> Segments:
@@ -287,89 +317,104 @@ class StepPlan:
         every = self.rows
         every.history[np.arange(len(every)), every.loop] = every.survival
         every.loop += 1
-        rows = np.nonzero(exits & every.head)[0]
+        rows = np.nonzero(exits & (every.stop == HEAD))[0]
         if not len(rows):
-            return Readout(
-                rows, NONE, NONE, np.zeros(0, bool), np.zeros((0, self.loops), np.float32)
-            )
+            cdf = np.zeros((0, self.loops), np.float32)
+            return Readout(rows, NONE, NONE, NOBODY, NOBODY, NOBODY, cdf)
         req, depth = every.req[rows], every.loop[rows]
-        return Readout(rows, req, depth, self._single[req], self._cdf(every.history[rows], depth))
+        return Readout(
+            rows,
+            req,
+            depth,
+            tail=every.pos[rows] == self._prompt[req] - 1,
+            exact=self._exact[req],
+            deferred=self._single[req],
+            cdf=self._cdf(every.history[rows], depth),
+        )
 
     def _cdf(self, survival: np.ndarray, depth: np.ndarray) -> np.ndarray:
         """CDF(1)..CDF(depth), then zeros, from S(1)..S(depth); [M, T] and [M]."""
         cdf = 1.0 - survival
         # What the gate leaves over exits at the last loop, so its own last value says nothing.
         cdf[:, -1] = 1.0
-        cdf[np.arange(self.loops) >= depth[:, None]] = 0.0
+        cdf[self._columns >= depth[:, None]] = 0.0
         return cdf
-
-    def runs_every_loop(self, out: Readout) -> np.ndarray:
-        """[M] bool: positions read out that run all T loops: the prompt's, and all in `exact`."""
-        return self._exact[out.req] | self._is_tail(out)
-
-    def _is_tail(self, out: Readout) -> np.ndarray:
-        return self.rows.pos[out.rows] == self._prompt[out.req] - 1
 
     def advance(self, out: Readout, finished: np.ndarray) -> Move:
         """Rows of the next pass.
 
         Args:
-            out: what `readout` returned. finished: [M] bool, the request ended with this token.
+            out: what `readout` returned. finished: [M] bool, the request ended with this token;
+                it ends at its last position whatever this says.
         """
         self.passes_left -= 1
         rows, loops = self.rows, self.loops
-        if not len(out.rows) and not (~rows.head & (rows.loop >= rows.stop)).any():
+        over = np.nonzero(rows.loop >= rows.stop)[0]  # never a head
+        if not len(out) and not len(over):
             self._segments = replace(self.segments(), loop=self.segments().loop + 1)
             return STAY
         self._segments = None
-        tail = self._is_tail(out)
-        exact = self._exact[out.req]
-        unfinished_column = out.depth < loops
-        stays = unfinished_column & (tail | (exact & ~finished))
-        more = ~finished & ~out.deferred & (rows.pos[out.rows] < self._last[out.req])
-        starts = more & (self.passes_left > 0)
+        pos = rows.pos[out.rows]
+        finished = finished | (pos >= self._last[out.req])
+        early: np.ndarray = out.depth < loops
+        stays = early & (out.tail | (out.exact & ~finished))
+        if self.passes_left:
+            starts = ~(finished | out.deferred)
+        else:
+            starts = np.zeros(len(out), bool)
 
-        rows.head[out.rows] = False
-        rows.stop[out.rows] = np.where(stays, loops, out.depth)
-        ended = ~rows.head & (rows.loop >= rows.stop)
-        stands_in = ended & (rows.loop < loops)
-        stands_in[out.rows] &= ~finished & ~exact
-        fill = np.nonzero(stands_in)[0]
-        done = np.nonzero(ended)[0]
+        owing = np.nonzero(early & ~(stays | finished))[0]
+        left = Left(out.req[owing], pos[owing], out.depth[owing])
+        done = out.rows[~stays]
+        if len(over):
+            replayed = over[rows.loop[over] < loops]
+            left = Left(
+                np.concatenate([left.req, rows.req[replayed]]),
+                np.concatenate([left.pos, rows.pos[replayed]]),
+                np.concatenate([left.depth, rows.loop[replayed]]),
+            )
+            done = np.concatenate([done, over])
 
         reuse = np.nonzero(starts & ~stays)[0]
         append = np.nonzero(starts & stays)[0]
+        gone = np.zeros(len(rows), bool)
+        gone[done] = True
         reuse_rows = out.rows[reuse]
         if len(append):
-            req, pos = out.req[append], rows.pos[out.rows[append]] + 1
-            born = self._new_rows(req, pos, np.zeros(len(req), np.int64), np.ones(len(req), bool))
-        rows.pos[reuse_rows] += 1
-        rows.loop[reuse_rows] = 0
-        rows.head[reuse_rows] = True
-        rows.survival[reuse_rows] = 1.0
-        rows.stop[reuse_rows] = loops
-        ended[reuse_rows] = False
-
-        ends = out.req[finished & exact & ~tail]
+            born = self._new_rows(out.req[append], pos[append] + 1)
+            born.stop[:] = HEAD
+        rows.stop[out.rows] = loops
+        if len(reuse):
+            gone[reuse_rows] = False
+            rows.pos[reuse_rows] += 1
+            rows.loop[reuse_rows] = 0
+            rows.stop[reuse_rows] = HEAD
+            rows.survival[reuse_rows] = 1.0
+            req = out.req[reuse]
+            ahead = pos[reuse] + 2 - self._known[req]
+            rows.low[reuse_rows] = self._low[req, ahead]
+            rows.high[reuse_rows] = self._high[req, ahead]
+        ends = out.req[finished & out.exact & ~out.tail]
         if len(ends):
-            ended |= np.isin(rows.req, ends) & (rows.pos >= self._prompt[rows.req])
-        keep = np.nonzero(~ended)[0] if ended.any() else None
-        if keep is not None:
+            gone |= np.isin(rows.req, ends) & (rows.pos >= self._prompt[rows.req])
+        keep = None
+        if gone.any():
+            keep = np.nonzero(~gone)[0]
             self.rows = rows.take(keep)
         if len(append):
             self.rows = self.rows.append(born)
-        return Move(fill, reuse, reuse_rows, append, keep, done)
+        return Move(left, reuse, reuse_rows, append, keep, done)
 
-    def _new_rows(
-        self, req: np.ndarray, pos: np.ndarray, loop: np.ndarray, head: np.ndarray
-    ) -> Rows:
-        """Rows [M] that may run every loop, their survival not known yet."""
+    def _new_rows(self, req: np.ndarray, pos: np.ndarray, loop: np.ndarray | None = None) -> Rows:
+        """Rows [M], no heads, that may run every loop, their survival not known yet."""
+        ahead = np.maximum(pos + 1 - self._known[req], 0)
         return Rows(
             req=req,
             pos=pos,
-            loop=loop,
+            loop=np.zeros(len(req), np.int64) if loop is None else loop,
             stop=np.full(len(req), self.loops, np.int64),
-            head=head,
+            low=self._low[req, ahead],
+            high=self._high[req, ahead],
             survival=np.ones(len(req), np.float32),
             history=np.ones((len(req), self.loops), np.float32),
         )
@@ -385,7 +430,7 @@ class StepPlan:
                     int(rows.pos[row]),
                     int(rows.loop[row]),
                     rows.history[row].copy(),
-                    bool(rows.head[row]),
+                    bool(rows.stop[row] == HEAD),
                 ),
             )
             for row in range(len(rows))

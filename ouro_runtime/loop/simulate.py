@@ -65,11 +65,10 @@ def simulate(traces: list[Trace], slots: int, loops: int, exact: bool = False) -
         sampled = 0
         while len(plan.rows) and plan.passes_left:
             out.rows.append(len(plan.rows))
-            _, high = plan.limits()
-            readout = plan.readout(plan.rows.loop + 1 >= high)
-            sampled += len(readout.rows)
+            readout = plan.readout(plan.rows.loop + 1 >= plan.rows.high)
+            sampled += len(readout)
             out.cells += int(readout.depth.sum())
-            finished = np.zeros(len(readout.rows), bool)
+            finished = np.zeros(len(readout), bool)
             for place, index in enumerate(readout.req.tolist()):
                 trace = running[index]
                 trace.produced += 1

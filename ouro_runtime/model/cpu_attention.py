@@ -8,15 +8,34 @@ next: here a pass's metadata is one object, and the views are made once.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from vllm import _custom_ops as ops
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, CPUAttentionMetadata
 
+from ouro_runtime.cache.standin import fill, probe_layout, raw
+
 LIBRARY = torch.library.Library("ouro", "FRAGMENT")
+
+
+@dataclass
+class Cells:
+    """What attention needs to know of a pass, in every layer.
+
+    Attributes:
+        attention: vLLM's metadata. debts: [D, 3] int64, as `StandIns.due` returns them.
+        seconds: what filling stand-ins took so far.
+    """
+
+    attention: CPUAttentionMetadata
+    debts: np.ndarray
+    seconds: float = 0.0
 
 
 class CellAttention:
@@ -34,6 +53,15 @@ class CellAttention:
         assert impl.sinks is None and impl.alibi_slopes is None, "Ouro has neither"
         count, heads, block_size, _ = pages.shape
         self.keys, self.values = pages.view(count, heads, 2 * block_size, -1).chunk(2, dim=2)
+        self._raw = raw(pages)
+
+        def write(
+            key: torch.Tensor, value: torch.Tensor, page: torch.Tensor, slot: torch.Tensor
+        ) -> None:
+            impl.do_kv_cache_update(layer, key, value, page, slot)
+
+        self._places = probe_layout(write, block_size, layer.head_size, pages.dtype).numpy()
+        fill(self._raw, self._places, np.zeros((0, 3), np.int64))  # compiles
 
     def __call__(
         self,
@@ -42,16 +70,20 @@ class CellAttention:
         key: torch.Tensor,
         value: torch.Tensor,
         output: torch.Tensor,
-        cells: CPUAttentionMetadata,
+        cells: Cells,
     ) -> None:
-        """Write K and V of the pass's cells, then attend; arguments as in `attend_cells`."""
-        impl = layer.impl
+        """Fill stand-ins, write K and V of the pass's cells, attend; the rest as `attend_cells`."""
+        if len(cells.debts):
+            began = perf_counter()
+            fill(self._raw, self._places, cells.debts)
+            cells.seconds += perf_counter() - began
+        impl, metadata = layer.impl, cells.attention
         ops.cpu_attn_reshape_and_cache(
             key,
             value,
             self.keys,
             self.values,
-            cells.slot_mapping,
+            metadata.slot_mapping,
             layer.isa,
             layer._k_scale_float,
             layer._v_scale_float,
@@ -62,15 +94,15 @@ class CellAttention:
             key_cache=self.keys,
             value_cache=self.values,
             output=output,
-            query_start_loc=cells.query_start_loc,
-            seq_lens=cells.seq_lens,
+            query_start_loc=metadata.query_start_loc,
+            seq_lens=metadata.seq_lens,
             scale=impl.scale,
-            causal=cells.causal,
+            causal=metadata.causal,
             alibi_slopes=None,
             sliding_window=impl.sliding_window,
-            block_table=cells.block_table,
+            block_table=metadata.block_table,
             softcap=impl.logits_soft_cap,
-            scheduler_metadata=cells.scheduler_metadata,
+            scheduler_metadata=metadata.scheduler_metadata,
             s_aux=None,
             k_scale=layer._k_scale_float,
             v_scale=layer._v_scale_float,

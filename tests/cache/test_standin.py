@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ouro_runtime.cache.standin import StandIns, probe_layout
+from ouro_runtime.cache.standin import StandIns, fill, probe_layout, raw
 
 BLOCK, HEAD, HEADS, LOOPS, LAYERS, BLOCKS = 4, 8, 2, 4, 3, 5
 
@@ -36,10 +36,10 @@ class Book:
         generator = torch.Generator().manual_seed(0)
         cache = torch.randn(LAYERS, BLOCKS * LOOPS, HEADS, BLOCK, 2 * HEAD, generator=generator)
         self.write = write
-        self.pages = cache.to(dtype).flatten(3)
+        self.pages = cache.to(dtype)
         self.expected = self.pages.clone()
-        places = probe_layout(write, BLOCK, HEAD, dtype)
-        self.stand_ins = StandIns(self.pages, places, LOOPS, POSITIONS)
+        self.places = probe_layout(write, BLOCK, HEAD, dtype).numpy()
+        self.stand_ins = StandIns(LOOPS, POSITIONS, BLOCK)
         self.table = np.array([[3, 0, 4, 0], [1, 2, 0, 0]], np.int32)
 
     def expect(self, req: int, pos: int, depth: int, loop: int) -> None:
@@ -47,7 +47,7 @@ class Book:
         mine = torch.zeros(1, 1, BLOCK, 2 * HEAD)
         ones = torch.ones(1, 1, HEAD)
         self.write(ones, ones, mine, torch.tensor([pos % BLOCK]))
-        where = mine.flatten().bool()
+        where = mine[0, 0].bool()
         page = int(self.table[req, pos // BLOCK]) * LOOPS
         held = self.expected[:, page + depth - 1][:, :, where]
         self.expected[:, page + loop][:, :, where] = held
@@ -58,13 +58,15 @@ class Book:
         self.expected.copy_(self.pages)
 
     def settle(self, slots: list[int], loops: list[int], limits: list[int]) -> None:
-        self.stand_ins.settle(
+        debts = self.stand_ins.due(
             np.array(slots),
             np.array(loops),
             np.array(limits),
             self.table,
             np.arange(len(slots)),
         )
+        for layer in self.pages:
+            fill(raw(layer), self.places, debts)
 
 
 @pytest.mark.parametrize("write", [natural, transposed])

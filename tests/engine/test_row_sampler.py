@@ -9,14 +9,7 @@ import torch
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 
-
-def is_bare_greedy(metadata: SamplingMetadata) -> bool:
-    # Not at the top: it imports numba, whose modules vLLM trips over if they are there before the
-    # first engine of a process.
-    from ouro_runtime.engine import row_sampler
-
-    return row_sampler.is_bare_greedy(metadata)
-
+from ouro_runtime.engine.row_sampler import is_bare_greedy
 
 NONE = torch.empty(0)
 BARE = SamplingMetadata(

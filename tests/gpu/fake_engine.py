@@ -19,7 +19,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from ouro_runtime.engine import gpu_engine, gpu_state
 from ouro_runtime.engine.gpu_scheduler import OuroAsyncScheduler
-from ouro_runtime.engine.outputs import unpack_cdf
+from ouro_runtime.engine.step_output import unpack_cdf
 from ouro_runtime.plugin import register
 from tests.gpu.fake_model import FakeModel
 from tests.gpu.fake_runner import FakeRunner

@@ -26,6 +26,7 @@ from ouro_runtime.engine.gpu_requests import LaneRequests
 from ouro_runtime.engine.gpu_runner import OuroGPUModelRunner, OuroGPUWorker
 from ouro_runtime.engine.gpu_state import OuroModelState
 from ouro_runtime.engine.pin import SeamError
+from ouro_runtime.engine.step_output import unpack_cdf
 
 
 def test_vllm_is_as_the_seam_was_written_for() -> None:
@@ -163,12 +164,13 @@ def test_the_bill_counts_what_ran() -> None:
         loops=4,
     )
     out = bill.settle(packed.numpy(), np.array([2, 1, 1]))
-    assert out.depths == {"a": [2, 1], "b": [3], "c": [2]}
-    assert out.loops_run == {"a": [2, 1], "b": [4], "c": [4]}
-    assert out.exit_cdf == {
-        "a": [[0.25, 0.5, 0.0, 0.0], [0.75, 0.0, 0.0, 0.0]],
-        "b": [[0.0, 0.5, 0.75, 0.0]],
-        "c": [[0.125, 0.5, 0.0, 0.0]],
+    assert {name: out.depths(name) for name in out.notes} == {"a": [2, 1], "b": [3], "c": [2]}
+    loops_run = {name: notes[:, 1].tolist() for name, notes in out.notes.items()}
+    assert loops_run == {"a": [2, 1], "b": [4], "c": [4]}
+    assert {name: unpack_cdf(notes) for name, notes in out.notes.items()} == {
+        "a": [[0.25, 0.5], [0.75]],
+        "b": [[0.0, 0.5, 0.75]],
+        "c": [[0.125, 0.5]],
     }
     # Five prompt rows and the exact lane at every loop; the first lane at 2, 1 and 1.
     assert out.report.rows_by_loop == [6 + 2, 6 + 1, 6, 6]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ouro_runtime.loop.planner import StepPlan, Work
+from ouro_runtime.loop.planner import HEAD, StepPlan, Work
 
 LOOPS = 4
 
@@ -72,18 +72,16 @@ class Recorder:
                 assert cell not in log, f"cell {cell} ran twice"
                 log[cell] = self.clock
             self.clock += 1
-            _, high = plan.limits()
-            out = plan.readout(rows.loop + 1 >= high)
-            finished = np.zeros(len(out.rows), bool)
+            out = plan.readout(rows.loop + 1 >= rows.high)
+            finished = np.zeros(len(out), bool)
             for place, index in enumerate(out.req.tolist()):
                 request = active[index]
                 assert out.depth[place] == request.depths[request.produced]
                 request.produced += 1
                 finished[place] = request.ended
-            req, pos, depth = rows.req, rows.pos.copy(), rows.loop.copy()
-            move = plan.advance(out, finished)
-            for row in move.fill:
-                self.filled[chosen[req[row]]][int(pos[row])] = int(depth[row])
+            left = plan.advance(out, finished).left
+            for index, pos, depth in zip(left.req, left.pos, left.depth, strict=True):
+                self.filled[chosen[index]][int(pos)] = int(depth)
         for _, place, carried in plan.leftovers():
             active[place].carried.append(carried)
         for place, request in enumerate(active):
@@ -159,10 +157,10 @@ def test_recomputed_positions_stop_where_they_left() -> None:
     work = Work(start=0, count=6, known=6, prompt=3, last=100, max_loops=4, depths=[2, 1, 3])
     plan = StepPlan([work], LOOPS)
     assert plan.rows.stop[:5].tolist() == [4, 4, 4, 1, 3]
-    assert plan.rows.head.tolist() == [False] * 5 + [True]
+    assert (plan.rows.stop == HEAD).tolist() == [False] * 5 + [True]
     out = plan.readout(np.zeros(6, bool))
     move = plan.advance(out, np.zeros(0, bool))
-    assert move.fill.tolist() == [3]
+    assert (move.left.pos.tolist(), move.left.depth.tolist()) == ([3], [1])
     assert plan.rows.pos.tolist() == [0, 1, 2, 4, 5]
     segments = plan.segments()
     assert segments.first.tolist() == [0, 3, 5] and segments.seq_len.tolist() == [3, 6]
@@ -182,7 +180,7 @@ def test_nothing_follows_the_last_position_allowed() -> None:
     plan = StepPlan([work], LOOPS)
     out = plan.readout(np.ones(1, bool))
     plan.advance(out, np.zeros(1, bool))
-    assert not plan.rows.head.any()
+    assert not (plan.rows.stop == HEAD).any()
 
 
 def test_a_readout_knows_the_gate_after_each_of_its_loops() -> None:
@@ -193,11 +191,10 @@ def test_a_readout_knows_the_gate_after_each_of_its_loops() -> None:
     for _ in range(3):
         plan = StepPlan([work], LOOPS)
         while len(plan.rows) and plan.passes_left:
-            heads = plan.rows.head
+            heads = plan.rows.stop == HEAD
             if heads.any():
                 plan.rows.survival[heads] = next(survival)
-            _, high = plan.limits()
-            out = plan.readout(plan.rows.loop + 1 >= high)
+            out = plan.readout(plan.rows.loop + 1 >= plan.rows.high)
             seen += out.cdf.tolist()
             work.known += len(out.rows)
             plan.advance(out, np.full(len(out.rows), len(seen) == 3))
