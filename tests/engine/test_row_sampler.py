@@ -4,12 +4,13 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 
-from ouro_runtime.engine.row_sampler import is_bare_greedy
+from ouro_runtime.engine.row_sampler import StepSampler, is_bare_greedy
 
 NONE = torch.empty(0)
 BARE = SamplingMetadata(
@@ -53,3 +54,21 @@ def test_a_batch_that_asks_for_nothing_else() -> None:
 )
 def test_one_that_asks_for_more(asked: dict[str, Any]) -> None:
     assert not is_bare_greedy(replace(BARE, **asked))
+
+
+def test_a_steps_tokens_in_the_order_of_its_passes() -> None:
+    """Two passes of a bare greedy batch of three: one request yields twice, one nothing."""
+    held: list[list[int]] = [[7], [], []]
+    sampler = StepSampler(sampler=None, metadata=BARE, outputs=held)  # type: ignore[arg-type]
+    logits = torch.eye(8)
+    assert sampler.sample(np.array([2, 0]), logits[[3, 5]]).tolist() == [3, 5]
+    assert sampler.sample(np.array([0]), logits[[1]]).tolist() == [1]
+    tokens, logprobs = sampler.finish()
+    assert tokens.tolist() == [[5, 1], [-1, -1], [3, -1]] and tokens.dtype == torch.int32
+    assert logprobs is None
+    assert held == [[7], [], []], "vLLM's bookkeeping adds the tokens"
+
+
+def test_a_step_that_samples_nothing() -> None:
+    tokens, _ = StepSampler(None, BARE, [[], []]).finish()  # type: ignore[arg-type]
+    assert tokens.tolist() == [[-1, -1]] * 2
