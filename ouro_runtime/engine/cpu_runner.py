@@ -32,7 +32,8 @@ from ouro_runtime.engine.row_sampler import StepSampler
 from ouro_runtime.engine.step_output import StepOutput, note_tokens
 from ouro_runtime.exit.policy import POLICIES
 from ouro_runtime.loop.executor import StepExecutor, StepResult
-from ouro_runtime.loop.planner import Left, Rows, Segments, StepPlan
+from ouro_runtime.loop.planner import StepPlan
+from ouro_runtime.loop.rows import Left, Rows, Segments
 from ouro_runtime.model.cpu_attention import Cells
 
 # What model/cpu_attention.py calls.

@@ -13,6 +13,7 @@ from vllm.v1.worker.gpu.async_utils import async_copy_to_np, stream
 
 from ouro_runtime.config import StepReport
 from ouro_runtime.engine.step_output import StepOutput, pack_notes
+from ouro_runtime.exit.cdf import exit_cdf
 from ouro_runtime.loop.executor import PARTS
 
 
@@ -56,7 +57,7 @@ class StepBill:
         )
         cells += self.rows - int(lanes.sum())
         history = packed[:, loops + 2 :].view(np.float32).reshape(-1, loops, loops)
-        notes = pack_notes(depths, ran, exit_cdf(history, depths, start))
+        notes = pack_notes(depths, ran, exit_cdf(survival_at_exit(history, depths, start), depths))
         amounts = count.tolist()
         return StepOutput(
             {r: notes[i, : amounts[i]] for i, r in enumerate(self.req_ids)},
@@ -70,19 +71,16 @@ class StepBill:
         )
 
 
-def exit_cdf(history: np.ndarray, depths: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """[R, T, T] float32: per lane and token, CDF(1)..CDF(depth) of the gate, then zeros.
+def survival_at_exit(history: np.ndarray, depths: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """[R, T, T] float32: per lane and token, S(1)..S(depth) of the gate, then anything.
 
     Args:
         history: [R, T, T], depths: [R, T], start: [R]; see `StepRecord`.
     """
-    loops = depths.shape[1]
     # A lane never idles before its last token: token k left after the pass that ends its depth.
     passes = np.cumsum(depths, axis=1) - start[:, None] - 1
     lanes = np.arange(len(depths))[:, None]
-    cdf = 1.0 - history[lanes, passes.clip(0, loops - 1)]
-    cdf[:, :, -1] = 1.0
-    return np.where(np.arange(loops) < depths[:, :, None], cdf, 0.0)
+    return history[lanes, passes.clip(0, depths.shape[1] - 1)]
 
 
 class LaneOutput(AsyncModelRunnerOutput):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ouro_runtime.config import ExitParams, LoopConfig
-from ouro_runtime.loop.planner import Carried, Work
+from ouro_runtime.loop.rows import Carried, Work
 
 
 @dataclass

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ouro_runtime.config import StepReport
-from ouro_runtime.loop.planner import Readout
+from ouro_runtime.loop.rows import Readout
 
 CDF_STEPS = 10_000
 """A CDF travels as a whole number of these parts of 1."""

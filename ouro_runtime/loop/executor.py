@@ -15,7 +15,8 @@ import torch
 
 from ouro_runtime.exit.gate import survive
 from ouro_runtime.exit.policy import ExitPolicy, ExitSignals, exit_mask
-from ouro_runtime.loop.planner import (
+from ouro_runtime.loop.planner import StepPlan
+from ouro_runtime.loop.rows import (
     NOBODY,
     NONE,
     Carried,
@@ -24,7 +25,6 @@ from ouro_runtime.loop.planner import (
     Readout,
     Rows,
     Segments,
-    StepPlan,
 )
 
 PARTS = ("block", "metadata", "read_out", "stand_in", "plan")

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ouro_runtime.loop.planner import Carried, StepPlan, Work
+from ouro_runtime.loop.planner import StepPlan
+from ouro_runtime.loop.rows import Carried, Work
 
 
 @dataclass

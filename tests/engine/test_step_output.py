@@ -3,7 +3,7 @@
 import numpy as np
 
 from ouro_runtime.engine.step_output import StepOutput, note_tokens, unpack_cdf
-from ouro_runtime.loop.planner import Readout
+from ouro_runtime.loop.rows import Readout
 
 LOOPS = 3
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from ouro_runtime.loop.planner import HEAD, StepPlan, Work
+from ouro_runtime.loop.planner import StepPlan
+from ouro_runtime.loop.rows import HEAD, Work
 
 LOOPS = 4
 

@@ -1,0 +1,181 @@
+"""What goes into a step's passes and comes out of them: rows and how they move, plain numpy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass
+class Carried:
+    """A row left unfinished at the end of a step.
+
+    Attributes:
+        position: of the token; loop: loops done; head: not read out yet.
+        history: [T] float32, S(1)..S(loop), then anything.
+        hidden: the state that enters the next loop (opaque here).
+    """
+
+    position: int
+    loop: int
+    history: np.ndarray
+    head: bool
+    hidden: Any = None
+
+
+@dataclass
+class Work:
+    """What one request brings into a step.
+
+    Attributes:
+        start, count: positions `start .. start + count - 1` are scheduled.
+        known: tokens known so far; position `known - 1` is the head's.
+        prompt: tokens of the original prompt.
+        last: the last position that may be read out (token and length limits).
+        threshold, min_loops, max_loops: exit controls; `forced`, if any, [F] depths by token.
+        exact: K/V mode `exact`, else `skip`.
+        single: at most one token in this step, sampled after it (a grammar needs the host).
+        depths: depth of each token read out so far, for the replay of a preempted request.
+        carried: rows left over from the step before.
+    """
+
+    start: int
+    count: int
+    known: int
+    prompt: int
+    last: int
+    threshold: float = 1.0
+    min_loops: int = 1
+    max_loops: int = 1
+    forced: np.ndarray | None = None
+    exact: bool = False
+    single: bool = False
+    depths: list[int] = field(default_factory=list)
+    carried: list[Carried] = field(default_factory=list)
+
+
+@dataclass
+class Rows:
+    """Rows of the next pass, structure of arrays, all [N]; order is the order of hidden states."""
+
+    req: np.ndarray  # int64, index of the request in the step
+    pos: np.ndarray  # int64
+    loop: np.ndarray  # int64, loops done: also the 0-based loop that runs next
+    stop: np.ndarray  # int64, loops after which a row is done; HEAD for a head
+    low: np.ndarray  # int64, least loops of a head's token
+    high: np.ndarray  # int64, most loops of a head's token
+    survival: np.ndarray  # float32, S(loop)
+    history: np.ndarray  # [N, T] float32, S(1)..S(loop) of a head, then anything
+
+    def __len__(self) -> int:
+        return len(self.req)
+
+    def take(self, index: np.ndarray) -> Rows:
+        """The rows at `index` (integer or boolean)."""
+        return Rows(*(getattr(self, name)[index] for name in ROW_FIELDS))
+
+    def append(self, other: Rows) -> Rows:
+        """These rows, then the other ones."""
+        pairs = ((getattr(self, name), getattr(other, name)) for name in ROW_FIELDS)
+        return Rows(*(np.concatenate(pair) for pair in pairs))
+
+
+ROW_FIELDS = tuple(Rows.__dataclass_fields__)
+HEAD = 1 << 30
+"""The `stop` of a head: only the exit rule ends it."""
+
+
+@dataclass
+class Segments:
+    """Rows of a pass as sequences for a paged-attention call: runs of rows of one request and loop
+    at consecutive positions.
+
+    Attributes:
+        first: [S + 1] int32, row at which each sequence starts, and the number of rows.
+        req, loop: [S] int64. seq_len: [S] int32, positions each sequence's last row may read.
+        max_query: rows of the longest sequence.
+    """
+
+    first: np.ndarray
+    req: np.ndarray
+    loop: np.ndarray
+    seq_len: np.ndarray
+    max_query: int
+
+
+@dataclass
+class Readout:
+    """Heads read out after a pass.
+
+    Attributes:
+        rows: [M] int64, their rows. req, depth: [M] int64.
+        tail: [M] bool, the row is its prompt's last position.
+        exact: [M] bool, K/V mode `exact`.
+        deferred: [M] bool, sampled after the step, not now.
+        cdf: [M, T] float32, the gate's CDF(1)..CDF(depth), then zeros. CDF(T) is 1.
+    """
+
+    rows: np.ndarray
+    req: np.ndarray
+    depth: np.ndarray
+    tail: np.ndarray
+    exact: np.ndarray
+    deferred: np.ndarray
+    cdf: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def runs_every_loop(self) -> np.ndarray:
+        """[M] bool: positions that run all T loops: the prompt's, and all in `exact`."""
+        return self.tail | self.exact
+
+
+@dataclass
+class Left:
+    """Positions whose loops are over before T: their K/V stands for the deeper loops.
+
+    Attributes:
+        req, pos, depth: [M] int64, requests, positions, loops run.
+    """
+
+    req: np.ndarray
+    pos: np.ndarray
+    depth: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.req)
+
+
+@dataclass
+class Move:
+    """How rows change between two passes.
+
+    Attributes:
+        left: positions that left early.
+        reuse, append: indices into the sampled tokens: their successors take the place of the row
+            that was read out, or come after all rows.
+        reuse_rows: rows taken by the successors of `reuse`.
+        keep: rows that stay, None if all do (applied after reuse, before append).
+        done: rows that finished their last loop.
+    """
+
+    left: Left
+    reuse: np.ndarray
+    reuse_rows: np.ndarray
+    append: np.ndarray
+    keep: np.ndarray | None
+    done: np.ndarray
+
+    @property
+    def nothing(self) -> bool:
+        """Every row only goes on to its next loop."""
+        return self is STAY
+
+
+NONE = np.zeros(0, np.int64)
+NOBODY = np.zeros(0, bool)
+STAY = Move(Left(NONE, NONE, NONE), NONE, NONE, NONE, None, NONE)
