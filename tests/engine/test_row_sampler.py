@@ -72,3 +72,24 @@ def test_a_steps_tokens_in_the_order_of_its_passes() -> None:
 def test_a_step_that_samples_nothing() -> None:
     tokens, _ = StepSampler(None, BARE, [[], []]).finish()  # type: ignore[arg-type]
     assert tokens.tolist() == [[-1, -1]] * 2
+
+
+def test_penalties_see_the_steps_tokens_until_it_ends() -> None:
+    """vLLM's bookkeeping adds them after the step, so the sampler takes its own off again."""
+    held: list[list[int]] = [[7], []]
+    seen = []
+
+    def likeliest(logits: torch.Tensor, sampling_metadata: SamplingMetadata) -> Any:
+        seen.append([list(tokens) for tokens in held])
+        ids = logits.argmax(-1, keepdim=True)
+        return SimpleNamespace(sampled_token_ids=ids, logprobs_tensors=None)
+
+    asked = replace(BARE, no_penalties=False, output_token_ids=held)
+    sampler = StepSampler(likeliest, asked, held)  # type: ignore[arg-type]
+    both = np.arange(2)
+    sampler.sample(both, torch.eye(8)[[3, 5]])
+    sampler.sample(both, torch.eye(8)[[1, 2]])
+    tokens, _ = sampler.finish()
+    assert seen == [[[7], []], [[7, 3], [5]]]
+    assert tokens.tolist() == [[3, 1], [5, 2]]
+    assert held == [[7], []]
