@@ -1,16 +1,15 @@
 """Stand-in K/V: the exit loop's K and V in the slots of the deeper loops (mode `skip`).
 
 A token that leaves early owes its deeper loops K/V, and the debt is paid when a cell of a later
-position is about to read it, loop by loop, by each layer right before its attention: the processor
-fetches the filled lines once for both. A loop that nobody reaches again is never filled, and
-positions side by side are filled together, which costs little more than one: in a page they share
-cache lines.
+position is about to read it, loop by loop, by each layer right before its attention; so nothing
+depends on how the layers' caches lie in memory. A loop that nobody reaches again is never filled,
+and positions side by side, which share cache lines, are filled together.
 
 The layout of a page is the attention backend's own (vLLM's CPU kernels keep K transposed, or in
 tiles). So the place of each element is found once by writing a known token to every offset of a
 scratch page; after that a stand-in moves raw elements, whatever the layout. In a compiled loop, not
-by tensor indexing: K lies scattered over a page, and index tensors as large as what is moved made a
-fill twice as slow.
+by tensor indexing: K lies scattered over a page, and index tensors would be larger than what is
+moved.
 """
 
 from collections.abc import Callable

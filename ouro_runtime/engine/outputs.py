@@ -2,9 +2,8 @@
 
 `EngineCoreOutput` has no room for what a plugin adds, so depths ride in `routed_experts`, an array
 per output that only mixture-of-experts models fill: here the tokens' notes (`step_output.py`). vLLM
-already trims it to the tokens kept when a stop string is
-found. What a step's passes did rides in an output for a request id that nobody has; vLLM drops it,
-we read it on the way.
+already trims it to the tokens kept when a stop string is found. What a step's passes did rides in
+an output for a request id that nobody has; vLLM drops it, we read it on the way.
 
 In the API process `install()` makes every `CompletionOutput` carry `depths`, `loops_run` and
 `exit_cdf`, aligned with `token_ids`, and `IterationStats` carry `ouro`, a `DepthReport`, for the

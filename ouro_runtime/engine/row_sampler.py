@@ -107,7 +107,8 @@ class StepSampler:
 
     Args:
         sampler: vLLM's sampler. metadata: the step's. outputs: per request, the list of its output
-            tokens that penalties and min_tokens read; it grows during the step, if they may.
+            tokens that penalties and min_tokens read; it grows during the step, but not in a batch
+            that reads none (`is_bare_greedy`).
     """
 
     def __init__(

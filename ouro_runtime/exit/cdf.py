@@ -1,4 +1,4 @@
-"""The cumulative exit distribution of tokens that were read out; numpy, for host and engine."""
+"""The cumulative exit distribution of tokens that were read out; numpy, for both engines."""
 
 import numpy as np
 

@@ -16,16 +16,7 @@ import torch
 from ouro_runtime.exit.gate import survive
 from ouro_runtime.exit.policy import ExitPolicy, ExitSignals, exit_mask
 from ouro_runtime.loop.planner import StepPlan
-from ouro_runtime.loop.rows import (
-    NOBODY,
-    NONE,
-    Carried,
-    Left,
-    Move,
-    Readout,
-    Rows,
-    Segments,
-)
+from ouro_runtime.loop.rows import NOBODY, NONE, Carried, Left, Move, Readout, Rows, Segments
 
 PARTS = ("block", "metadata", "read_out", "stand_in", "plan")
 """Where the time of a pass goes: the block itself; attention metadata; logits and sampling;
@@ -111,7 +102,7 @@ class _LastStates:
     def follow(self, move: Move, hidden: torch.Tensor) -> None:
         """Take the states of the rows that are done, then move with the others."""
         done = move.done[self._source[move.done] >= 0]
-        self.hidden[torch.from_numpy(self._source[done])] = hidden[torch.from_numpy(done)]
+        self.hidden[torch.from_numpy(self._source[done])] = _pick(hidden, done)
         self._source[move.reuse_rows] = -1
         if move.keep is not None:
             self._source = self._source[move.keep]

@@ -188,7 +188,7 @@ class StepPlan:
         self._segments = None
         pos = rows.pos[out.rows]
         finished = finished | (pos >= self._last[out.req])
-        early: np.ndarray = out.depth < loops
+        early = out.depth < loops
         stays = early & (out.tail | (out.exact & ~finished))
         if self.passes_left:
             starts = ~(finished | out.deferred)
