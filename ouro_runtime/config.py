@@ -16,6 +16,7 @@ MODES = ("skip", "exact")
 """K/V modes a request may choose; `full` is what a threshold of 1 gives in either."""
 
 DEPTH_FIELDS = ("exit_threshold", "min_loops", "max_loops", "exit_mode")
+FORCED = "forced_depths"
 
 
 class DepthError(ValueError):
@@ -138,11 +139,11 @@ class ExitParams:
                 "min_loops",
                 f"min_loops ({params.min_loops}) must not exceed max_loops ({params.max_loops})",
             )
-        forced = given.get("forced_depths")
+        forced = given.get(FORCED)
         if forced is not None:
             if not isinstance(forced, (list, tuple)) or not forced:
-                raise DepthError("forced_depths", "forced_depths must be a non-empty list")
-            depths = tuple(check_loops("forced_depths", d, loops) for d in forced)
+                raise DepthError(FORCED, f"{FORCED} must be a non-empty list")
+            depths = tuple(check_loops(FORCED, d, loops) for d in forced)
             params = replace(params, forced_depths=depths)
         return params
 
@@ -260,4 +261,4 @@ class DepthReport:
     steps: list[StepReport] = field(default_factory=list)
 
 
-assert {f.name for f in fields(ExitParams)} == {*DEPTH_FIELDS, "forced_depths"}
+assert {f.name for f in fields(ExitParams)} == {*DEPTH_FIELDS, FORCED}

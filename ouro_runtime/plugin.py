@@ -1,10 +1,12 @@
-"""vLLM's entry point (`vllm.general_plugins`): registers the config and the model, nothing else.
+"""vLLM's entry point (`vllm.general_plugins`): registers the config, the model and the reasoning
+parser, nothing else.
 
 vLLM calls it in every process, possibly more than once.
 """
 
 MODEL = "ouro_runtime.model.ouro:OuroForCausalLM"
 CUDA_MODEL = "ouro_runtime.engine.gpu_model:OuroLaneModel"
+REASONING = "ouro_runtime.engine.reasoning:OuroReasoningParser"
 
 _registered = False
 
@@ -20,6 +22,7 @@ def register() -> None:
     pin.check_version()
     from vllm.model_executor.models.registry import ModelRegistry
     from vllm.platforms import current_platform
+    from vllm.reasoning import ReasoningParserManager
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
     from ouro_runtime.config import OuroConfig
@@ -28,5 +31,6 @@ def register() -> None:
     _CONFIG_REGISTRY["ouro"] = OuroConfig
     model = CUDA_MODEL if current_platform.is_cuda() else MODEL
     ModelRegistry.register_model("OuroForCausalLM", model)
+    ReasoningParserManager.register_lazy_module("ouro", *REASONING.split(":"))
     config_hook.install()
     outputs.install()

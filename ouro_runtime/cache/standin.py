@@ -126,9 +126,10 @@ class StandIns:
         self.rewind(slot, prompt)
         return slot
 
-    def rewind(self, slot: int, prompt: int) -> None:
-        """The request's K/V was lost, and will be computed again."""
-        self._filled[slot] = prompt
+    def rewind(self, slot: int, true: int) -> None:
+        """The request's K/V will be computed again from position `true` on; what is before it has
+        K/V of its own at every loop, and owes nothing."""
+        self._filled[slot] = true
 
     def close(self, slot: int) -> None:
         """The request ended."""

@@ -19,8 +19,17 @@ CUDA_WORKER = "ouro_runtime.engine.gpu_runner.OuroGPUWorker"
 CPU_BLOCK_SIZE = 32
 
 
+NO_CONNECTORS = (
+    "K/V transfer: connectors (offloading included) do not know loop-interleaved pages, nor which "
+    "positions have K/V that may be shared"
+)
+
+
 class UnsupportedError(ValueError):
-    """A vLLM feature that the looped engine cannot honour."""
+    """A vLLM feature that the looped engine cannot honour: `feature: reason`."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"Ouro Serve does not support {reason}")
 
 
 class OuroConfigHook(VerifyAndUpdateConfig):
@@ -85,12 +94,17 @@ def refuse(vllm_config: Any) -> None:
             "LoRA: the rows of a pass are not mapped to their adapters yet",
         ),
         (
-            vllm_config.kv_transfer_config is not None,
-            "K/V transfer: connectors do not know loop-interleaved pages",
+            # vLLM makes a connector of the offloading options later than this.
+            vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None,
+            NO_CONNECTORS,
         ),
         (
             parallel.decode_context_parallel_size > 1,
             "decode context parallelism: loop-interleaved pages are not sharded over positions",
+        ),
+        (
+            parallel.prefill_context_parallel_size > 1,
+            "prefill context parallelism: loop-interleaved pages are not sharded over positions",
         ),
         (
             parallel.enable_dbo,
@@ -109,13 +123,25 @@ def refuse(vllm_config: Any) -> None:
             "prompt embeddings: not carried through the passes of a step",
         ),
         (
+            vllm_config.watermark_config is not None,
+            "watermarks: tokens are sampled between the passes of a step, without them",
+        ),
+        (
+            vllm_config.model_config.return_sampling_mask,
+            "sampling masks: tokens are sampled between the passes of a step, which keep none",
+        ),
+        (
+            vllm_config.model_config.enable_trace_replay,
+            "trace replay: tokens are sampled between the passes of a step, not replayed",
+        ),
+        (
             vllm_config.model_config.runner_type == "pooling",
             "pooling: a looped model has one state per loop, and no pooling head was trained",
         ),
     ]
     for present, reason in reasons:
         if present:
-            raise UnsupportedError(f"Ouro Serve does not support {reason}")
+            raise UnsupportedError(reason)
 
 
 def install() -> None:

@@ -29,6 +29,7 @@ from ouro_runtime.config import LoopConfig, StepReport
 from ouro_runtime.engine.pin import check_parameters
 from ouro_runtime.engine.requests import LoopRequest
 from ouro_runtime.engine.row_sampler import StepSampler
+from ouro_runtime.engine.row_state import drop_ended_budgets
 from ouro_runtime.engine.step_output import StepOutput, note_tokens
 from ouro_runtime.exit.policy import POLICIES
 from ouro_runtime.loop.executor import StepExecutor, StepResult
@@ -89,12 +90,14 @@ class OuroCPUModelRunner(CPUModelRunner):
     # ---- a step -------------------------------------------------------------------------------
 
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
-        # A request that was preempted is computed again: what it had in flight is void.
-        for req_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
+        # A request that was preempted is computed again, but for what the prefix cache still has:
+        # what it had in flight is void.
+        cached = scheduler_output.scheduled_cached_reqs
+        for req_id, hit in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
             request = self.loop_requests.get(req_id)
-            if request is not None:
+            if request is not None and req_id in cached.resumed_req_ids:
                 request.carried = []
-                self._stand_ins.rewind(request.slot, request.prompt)
+                self._stand_ins.rewind(request.slot, max(request.prompt, hit))
         self._scheduled = scheduler_output.num_scheduled_tokens
         return super().execute_model(scheduler_output, intermediate_tensors)
 
@@ -128,10 +131,12 @@ class OuroCPUModelRunner(CPUModelRunner):
         self._pages = LoopPages(
             batch.block_table[0].block_table.np, self._block_size, self.loop_config.loops
         )
+        states = [self.requests[req_id] for req_id in batch.req_ids]
+        drop_ended_budgets(batch.sampling_metadata, [state.sampling_params for state in states])
         self._step_sampler = StepSampler(
             self.sampler,
             batch.sampling_metadata,
-            [self.requests[req_id].output_token_ids for req_id in batch.req_ids],
+            [state.output_token_ids for state in states],
         )
         plan = StepPlan(work, self.loop_config.loops)
         embedded = self.model.embed_input_ids(input_ids[: plan.scheduled])

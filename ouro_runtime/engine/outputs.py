@@ -12,13 +12,14 @@ metrics.
 
 from __future__ import annotations
 
+import inspect
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from vllm.outputs import CompletionOutput, RequestOutput
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
@@ -26,11 +27,11 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from ouro_runtime.config import (
     Delivery,
     DepthReport,
-    ExitParams,
     Finished,
     LoopConfig,
     StepReport,
 )
+from ouro_runtime.engine import features
 from ouro_runtime.engine.pin import SeamError, check_parameters
 from ouro_runtime.engine.step_output import unpack_cdf
 from ouro_runtime.loop.executor import PARTS
@@ -73,7 +74,7 @@ def install() -> None:
     """Wrap vLLM's classes of the API process, once per process."""
     if getattr(OutputProcessor, "_ouro_installed", False):
         return
-    check_parameters(InputProcessor.process_inputs, "params")
+    check_parameters(InputProcessor.process_inputs, "params", "resumable")
     check_parameters(OutputProcessor.process_outputs, "engine_core_outputs", "iteration_stats")
     check_parameters(RequestState._new_completion_output, "token_ids", "finish_reason")
     check_parameters(RequestOutput.add, "next_output", "aggregate")
@@ -87,14 +88,19 @@ def install() -> None:
 
 
 def _validate_requests() -> None:
-    """A request with bad depth controls is refused before it reaches the engine."""
+    """What a request asks for and would not get is refused before it reaches the engine."""
     process_inputs = InputProcessor.process_inputs
+    signature = inspect.signature(process_inputs)
 
     def checked(self: Any, request_id: str, prompt: Any, params: Any, *a: Any, **k: Any) -> Any:
-        extra = getattr(params, "extra_args", None)
-        if extra and is_ouro(self.vllm_config):
-            config = LoopConfig.of(self.vllm_config)
-            ExitParams.parse(extra, config.defaults, config.loops)
+        if isinstance(params, SamplingParams) and is_ouro(self.vllm_config):
+            given = signature.bind(self, request_id, prompt, params, *a, **k).arguments
+            features.check(
+                params,
+                LoopConfig.of(self.vllm_config),
+                resumable=bool(given.get("resumable")),
+                open_args=bool(self.vllm_config.model_config.logits_processors),
+            )
         return process_inputs(self, request_id, prompt, params, *a, **k)
 
     InputProcessor.process_inputs = checked

@@ -1,90 +1,16 @@
 """Seam: vLLM's sampler on some rows of the batch, between the passes of a step.
 
-vLLM samples the whole batch once a step. A step here samples the requests that are read out after
-each pass, so the batch's sampling metadata is cut down to those rows. Stateful logits processors
-address rows by batch index; while one is active its input is spread over the batch and gathered
-back.
+What the rows see of the batch's state is `row_state.py`'s business.
 """
-
-from dataclasses import replace
 
 import numpy as np
 import torch
 from vllm.v1.outputs import LogprobsTensors
-from vllm.v1.sample.logits_processor import (
-    LogitBiasLogitsProcessor,
-    LogitsProcessor,
-    LogitsProcessors,
-    MinPLogitsProcessor,
-    MinTokensLogitsProcessor,
-)
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
+from ouro_runtime.engine.row_state import is_idle, rows_of
 from ouro_runtime.loop.greedy import argmax
-
-
-class _OnRows(LogitsProcessor):
-    """A batch-wide logits processor applied to some rows."""
-
-    def __init__(self, inner: LogitsProcessor, rows: torch.Tensor, batch: int) -> None:
-        self.inner, self.rows, self.batch = inner, rows, batch
-
-    def is_argmax_invariant(self) -> bool:
-        return self.inner.is_argmax_invariant()
-
-    def update_state(self, batch_update) -> None:
-        raise AssertionError("a view of a logits processor has no state")
-
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        spread = logits.new_zeros(self.batch, logits.shape[1])
-        spread[self.rows] = logits
-        return self.inner.apply(spread)[self.rows]
-
-
-def _idle(processor: LogitsProcessor) -> bool:
-    """Whether a built-in processor has nothing to do for any request; others count as busy."""
-    if isinstance(processor, MinPLogitsProcessor):
-        return not processor.min_p_count
-    if isinstance(processor, LogitBiasLogitsProcessor):
-        return not processor.biases
-    if isinstance(processor, MinTokensLogitsProcessor):
-        return not processor.min_toks
-    return False
-
-
-def rows_of(metadata: SamplingMetadata, rows: np.ndarray, batch: int) -> SamplingMetadata:
-    """The sampling metadata of batch indices `rows` [M] int64, in that order."""
-    index = torch.from_numpy(rows)
-    listed = rows.tolist()
-
-    def pick(values: torch.Tensor | None) -> torch.Tensor | None:
-        return None if values is None else values[index]
-
-    def remap(by_row: dict | None) -> dict | None:
-        if not by_row:
-            return by_row
-        return {new: by_row[old] for new, old in enumerate(listed) if old in by_row}
-
-    busy = [p for p in metadata.logitsprocs.all if not _idle(p)]
-    return replace(
-        metadata,
-        temperature=pick(metadata.temperature),
-        top_p=pick(metadata.top_p),
-        top_k=pick(metadata.top_k),
-        generators=remap(metadata.generators),
-        prompt_token_ids=pick(metadata.prompt_token_ids),
-        frequency_penalties=pick(metadata.frequency_penalties),
-        presence_penalties=pick(metadata.presence_penalties),
-        repetition_penalties=pick(metadata.repetition_penalties),
-        output_token_ids=[metadata.output_token_ids[i] for i in listed]
-        if metadata.output_token_ids
-        else [],
-        allowed_token_ids_mask=pick(metadata.allowed_token_ids_mask),
-        bad_words_token_ids=remap(metadata.bad_words_token_ids),
-        logitsprocs=LogitsProcessors([_OnRows(p, index, batch) for p in busy]),
-        logprob_token_ids=remap(metadata.logprob_token_ids),
-    )
 
 
 def is_bare_greedy(metadata: SamplingMetadata) -> bool:
@@ -97,7 +23,7 @@ def is_bare_greedy(metadata: SamplingMetadata) -> bool:
         and metadata.no_penalties
         and not metadata.bad_words_token_ids
         and metadata.allowed_token_ids_mask is None
-        and all(map(_idle, metadata.logitsprocs.all))
+        and all(map(is_idle, metadata.logitsprocs.all))
         and (holder is None or not holder.has_tracked_requests())
     )
 
@@ -119,7 +45,7 @@ class StepSampler:
         self.outputs = outputs
         self._taken: list[tuple[np.ndarray, np.ndarray]] = []
         self._logprobs: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in outputs]
-        self._stateful = [p for p in metadata.logitsprocs.all if not _idle(p)]
+        self._stateful = [p for p in metadata.logitsprocs.all if not is_idle(p)]
         self._bare_greedy = is_bare_greedy(metadata)
 
     def sample(self, rows: np.ndarray, logits: torch.Tensor) -> np.ndarray:
@@ -128,23 +54,38 @@ class StepSampler:
             tokens = argmax(logits)
             self._taken.append((rows, tokens))
             return tokens
-        batch = len(self.outputs)
-        metadata = self.metadata
-        if len(rows) != batch or not np.array_equal(rows, np.arange(batch)):
-            metadata = rows_of(metadata, rows, batch)
-        out = self.sampler(logits=logits, sampling_metadata=metadata)
-        tokens = out.sampled_token_ids.view(-1).numpy().astype(np.int64)
+        tokens = np.empty(len(rows), np.int64)
+        for places in self._alike(rows):
+            part = logits if len(places) == len(rows) else logits[torch.from_numpy(places)]
+            tokens[places] = self._sample_alike(rows[places], part)
         self._taken.append((rows, tokens))
         for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
             self.outputs[row].append(token)
-        if out.logprobs_tensors is not None:
-            for place, row in enumerate(rows.tolist()):
-                self._logprobs[row].append(
-                    tuple(part[place : place + 1] for part in out.logprobs_tensors[:3])
-                )
         for processor in self._stateful:
             processor.update_state(None)
         return tokens
+
+    def _alike(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Places of `rows` that may be sampled together.
+
+        vLLM gives a batch's log-probabilities as one array: as soon as a request names the tokens
+        it wants them of, all get as many columns, and those of others are no longer the likeliest.
+        """
+        named = self.metadata.logprob_token_ids
+        if not named:
+            return [np.arange(len(rows))]
+        count = np.array([len(named.get(row, ())) for row in rows.tolist()])
+        return [np.nonzero(count == number)[0] for number in np.unique(count)]
+
+    def _sample_alike(self, rows: np.ndarray, logits: torch.Tensor) -> np.ndarray:
+        batch, metadata = len(self.outputs), self.metadata
+        if len(rows) != batch or not np.array_equal(rows, np.arange(batch)):
+            metadata = rows_of(metadata, rows, batch)
+        out = self.sampler(logits=logits, sampling_metadata=metadata)
+        if out.logprobs_tensors is not None:
+            for place, row in enumerate(rows.tolist()):
+                self._logprobs[row].append(tuple(part[place] for part in out.logprobs_tensors[:3]))
+        return out.sampled_token_ids.view(-1).numpy()
 
     def finish(self) -> tuple[torch.Tensor, LogprobsTensors | None]:
         """Tokens [R, W] int32 padded with -1, and the log-probabilities in the same places.
@@ -168,17 +109,21 @@ class StepSampler:
         return torch.from_numpy(padded), self._pad_logprobs(width)
 
     def _pad_logprobs(self, width: int) -> LogprobsTensors | None:
-        first = next((entry for row in self._logprobs for entry in row), None)
-        if first is None:
+        """Row r's tokens from place r * width on; entries beyond those it asked for are no token's.
+
+        vLLM's API process takes as many entries as a request asked for.
+        """
+        entries = [
+            (row * width + place, entry)
+            for row, held in enumerate(self._logprobs)
+            for place, entry in enumerate(held)
+        ]
+        if not entries:
             return None
-        parts = []
-        for part, example in enumerate(first):
-            if not example.numel():
-                parts.append(example)
-                continue
-            full = example.new_zeros(len(self._logprobs) * width, *example.shape[1:])
-            for row, entries in enumerate(self._logprobs):
-                for place, entry in enumerate(entries):
-                    full[row * width + place] = entry[part][0]
-            parts.append(full)
-        return LogprobsTensors(*parts)
+        places, columns = len(self._logprobs) * width, max(len(ids) for _, (ids, *_) in entries)
+        ids = torch.zeros(places, columns, dtype=torch.int32)
+        values = torch.full((places, columns), -torch.inf)
+        ranks = torch.zeros(places, dtype=torch.int64)
+        for at, (named, logprobs, rank) in entries:
+            ids[at, : len(named)], values[at, : len(named)], ranks[at] = named, logprobs, rank
+        return LogprobsTensors(ids, values, ranks)

@@ -1,7 +1,9 @@
 """Seam: what the schedulers of looped models share.
 
 - `num_lookahead_tokens = T - 1` reserves the slots that a step may fill;
-- the prefix cache is offered a block only when all its positions have true K/V at every loop;
+- the prefix cache is offered a block only when all its positions have true K/V at every loop, and
+  gives a request that lost its blocks only what it would have offered itself;
+- K/V has no other way out: a connector is refused, however it was configured;
 - depths ride to the API process in `EngineCoreOutput.routed_experts` (see `outputs.py`).
 """
 
@@ -10,12 +12,14 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request
 
 from ouro_runtime.cache.sharing import CleanPrefix
 from ouro_runtime.config import ExitParams, LoopConfig
+from ouro_runtime.engine.config_hook import NO_CONNECTORS, UnsupportedError
 from ouro_runtime.engine.outputs import pack_report
 from ouro_runtime.engine.pin import check_parameters
 from ouro_runtime.engine.step_output import StepOutput
@@ -23,19 +27,25 @@ from ouro_runtime.engine.step_output import StepOutput
 check_parameters(KVCacheCoordinator.cache_blocks, "request", "num_computed_tokens")
 check_parameters(Scheduler.update_from_output, "scheduler_output", "model_runner_output")
 check_parameters(Scheduler._free_request_blocks, "request")
+check_parameters(Scheduler._get_local_prefix_cache_hit, "request")
+check_parameters(KVCacheManager.truncate_computed_blocks, "blocks", "num_computed_tokens")
 
 
 class LoopSchedulerMixin:
     """Comes before one of vLLM's schedulers among the bases of a class."""
 
     vllm_config: Any
+    connector: Any
     kv_cache_manager: Any
+    block_size: int
     log_stats: bool
     num_lookahead_tokens: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.loop_config = LoopConfig.of(self.vllm_config)
+        if self.connector is not None:
+            raise UnsupportedError(NO_CONNECTORS)
         assert self.num_lookahead_tokens == 0, "another feature claims the lookahead slots"
         self.num_lookahead_tokens = self.loop_config.loops - 1
         self._clean: dict[str, CleanPrefix] = {}
@@ -48,11 +58,26 @@ class LoopSchedulerMixin:
         config = self.loop_config
         return ExitParams.parse(request.sampling_params.extra_args, config.defaults, config.loops)
 
+    def _clean_length(self, request: Request) -> int:
+        """Leading positions of a request that have, or had, true K/V at every loop."""
+        clean = self._clean.get(request.request_id)
+        return clean.length if clean is not None else request.num_prompt_tokens
+
     def _publish_clean(self, request: Request, num_computed_tokens: int) -> None:
         """In place of the coordinator's `cache_blocks`: never past the clean prefix."""
-        clean = self._clean.get(request.request_id)
-        limit = clean.length if clean is not None else request.num_prompt_tokens
-        self._publish(request, min(num_computed_tokens, limit))
+        self._publish(request, min(num_computed_tokens, self._clean_length(request)))
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[Any, int, int, bool]:
+        """What the prefix cache has of a request, never past its clean prefix.
+
+        Others may have published blocks of the same tokens. To a request that was preempted they
+        would bring true K/V where its tokens were made from stand-ins, and other tokens from there.
+        """
+        blocks, hit, *rest = super()._get_local_prefix_cache_hit(request)  # type: ignore[misc]
+        limit = self._clean_length(request) // self.block_size * self.block_size
+        if hit > limit:
+            blocks, hit = self.kv_cache_manager.truncate_computed_blocks(blocks, limit), limit
+        return blocks, hit, *rest
 
     def _advance_clean(self, request: Request, depths: list[int], written: int) -> None:
         """Take in the depths of a step's tokens.

@@ -87,10 +87,11 @@ def write_random(
     return str(folder)
 
 
-def with_byte_tokenizer(source: str, folder: Path) -> str:
+def with_byte_tokenizer(source: str, folder: Path, reasoning: bool = False) -> str:
     """Copy a checkpoint of vocabulary 256 and give it a tokenizer whose id is the byte.
 
-    Bytes 0, 1 and 2 are the special tokens (pad, bos, eos).
+    Bytes 0, 1 and 2 are the special tokens (pad, bos, eos); with `reasoning` 3 and 4 are `<think>`
+    and `</think>`, as in the released checkpoints.
     """
     shutil.copytree(source, folder, copy_function=shutil.copyfile)
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -98,6 +99,8 @@ def with_byte_tokenizer(source: str, folder: Path) -> str:
     symbol = {byte: chr(byte) for byte in printable}
     symbol |= {byte: chr(256 + number) for number, byte in enumerate(others)}
     names = {0: "<pad>", 1: "<bos>", 2: "<eos>"}
+    if reasoning:
+        names |= {3: "<think>", 4: "</think>"}
     special = [
         {
             "id": byte,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm import LLM, SamplingParams
@@ -22,7 +22,11 @@ Prompt = Sequence[int]
 
 @dataclass(frozen=True)
 class Output:
-    """One generated sequence; lists have one entry per token."""
+    """One generated sequence; lists have one entry per token.
+
+    Attributes:
+        entries: every log-probability of each token's place. prompt_entries: of the prompt's.
+    """
 
     tokens: list[int]
     depths: list[int]
@@ -32,9 +36,11 @@ class Output:
     finish_reason: str | None
     stop_reason: int | str | None
     text: str = ""
+    entries: list[dict[int, float]] = field(default_factory=list)
+    prompt_entries: list[dict[int, float]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, completion: CompletionOutput) -> Output:
+    def of(cls, completion: CompletionOutput, prompt_logprobs: Any = None) -> Output:
         tokens = list(completion.token_ids)
         depths, loops_run = list(completion.depths), list(completion.loops_run)
         exit_cdf = list(completion.exit_cdf)
@@ -54,7 +60,14 @@ class Output:
             completion.finish_reason,
             completion.stop_reason,
             completion.text,
+            [values(entry) for entry in completion.logprobs or ()],
+            [values(entry or {}) for entry in prompt_logprobs or ()],
         )
+
+
+def values(entry: Mapping[int, Any]) -> dict[int, float]:
+    """Log-probabilities by token."""
+    return {token: value.logprob for token, value in entry.items()}
 
 
 def make_engine(model: str, **options: Any) -> LLM:
@@ -183,6 +196,7 @@ def drive(llm: LLM, arrivals: Sequence[Arrival]) -> dict[tuple[str, int], Output
             llm.llm_engine.abort_request(gone)
         for answer in llm.llm_engine.step():
             for completion in answer.outputs:
-                seen[answer.request_id, completion.index] = Output.of(completion)
+                out = Output.of(completion, answer.prompt_logprobs)
+                seen[answer.request_id, completion.index] = out
         step += 1
     return seen

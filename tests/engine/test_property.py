@@ -1,7 +1,7 @@
-"""Batched equals serial, tokens and depths, over random workloads.
+"""Batched equals serial in tokens, depths and log-probabilities, whatever requests ask for.
 
 A pool of random requests is run one by one in a roomy engine. Then workloads of requests drawn from
-the pool, with random arrivals and departures, run in engines of three kinds; whatever shares the
+the pool, with random arrivals and departures, run in engines of four kinds; whatever shares the
 batch, each request must come out as it did alone.
 """
 
@@ -14,15 +14,26 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 
-from tests.engine.checkpoints import write_random
+from ouro_runtime.engine import features
+from tests.engine.checkpoints import with_byte_tokenizer, write_random
 from tests.engine.compare import assert_same
 from tests.engine.harness import Arrival, Output, assert_idle, drive, engine, scheduler_of
+from tests.engine.mixes import (
+    LOOPS,
+    VOCAB,
+    Options,
+    assert_same_values,
+    random_request,
+    sampling,
+    tokens,
+)
 from tests.reference.model import Reference
 
-LOOPS, VOCAB = 4, 128
-POOL = 120
-WORKLOADS = 70
-"""Per kind of engine; three kinds make 210."""
+POOL = 160
+WORKLOADS = 55
+"""Per kind of engine; four kinds make 220."""
+
+CRAMPED = {"num_gpu_blocks_override": 6, "max_model_len": 128, "max_num_seqs": 8}
 
 ENGINES: dict[str, dict[str, Any]] = {
     "roomy": {"max_num_seqs": 16},
@@ -31,8 +42,17 @@ ENGINES: dict[str, dict[str, Any]] = {
         "max_num_seqs": 6,
         "enable_prefix_caching": True,
     },
-    "cramped": {"num_gpu_blocks_override": 6, "max_model_len": 128, "max_num_seqs": 8},
+    "cramped": CRAMPED,
+    "cramped-cached": CRAMPED | {"enable_prefix_caching": True},
 }
+
+
+EVERYTHING: dict[str, Any] = {
+    "skip_tokenizer_init": False,
+    "reasoning_parser": "ouro",
+    "max_logprobs": -1,
+}
+"""Options of an engine that serves every request."""
 
 
 @dataclass(frozen=True)
@@ -47,79 +67,54 @@ class Pooled:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     shape = {"loops": LOOPS, "heads": 4, "kv_heads": 2, "head_dim": 32, "vocab": VOCAB}
-    return write_random(tmp_path_factory.mktemp("property") / "model", **shape, seed=7)
-
-
-def depth_fields(rng: random.Random) -> dict[str, Any]:
-    fields: dict[str, Any] = {"exit_mode": rng.choice(["skip", "skip", "exact"])}
-    if rng.random() < 0.5:
-        depths = [rng.randint(1, LOOPS) for _ in range(rng.randint(1, 9))]
-        return fields | {"forced_depths": depths}
-    fields["exit_threshold"] = rng.choice([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    if rng.random() < 0.3:
-        fields["min_loops"] = rng.randint(1, LOOPS)
-    return fields
-
-
-def random_request(rng: random.Random, prefix: list[int]) -> tuple[list[int], dict[str, Any]]:
-    """A prompt, now and then with the common prefix, and sampling options."""
-    prompt = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 3, 8, 24, 29, 31, 40]))]
-    if rng.random() < 0.4:
-        prompt = prefix + prompt
-    options: dict[str, Any] = {
-        "max_tokens": rng.randint(1, 14),
-        "temperature": 0.0,
-        "extra_args": depth_fields(rng),
-    }
-    if rng.random() < 0.4:
-        options |= {"temperature": rng.choice([0.5, 1.0, 1.5]), "seed": rng.randrange(1 << 30)}
-        options |= rng.choice([{}, {"top_p": 0.8}, {"top_k": 12}, {"min_p": 0.05}])
-        if rng.random() < 0.2:
-            options["n"] = rng.randint(2, 3)
-    if rng.random() < 0.4:
-        options |= rng.choice(
-            [
-                {"presence_penalty": 1.0},
-                {"frequency_penalty": 0.7},
-                {"repetition_penalty": 1.3},
-            ]
-        )
-    if rng.random() < 0.2:
-        options["logit_bias"] = {rng.randrange(VOCAB): rng.choice([-4.0, 3.0]) for _ in range(3)}
-    if rng.random() < 0.2:
-        options["allowed_token_ids"] = rng.sample(range(VOCAB), 40)
-    if rng.random() < 0.3:
-        options["logprobs"] = rng.randint(0, 3)
-    return prompt, options
-
-
-def sampling(options: dict[str, Any]) -> SamplingParams:
-    return SamplingParams(**{"ignore_eos": True, "detokenize": False} | options)
+    folder = tmp_path_factory.mktemp("property")
+    plain = write_random(folder / "plain", **shape, seed=7)
+    return with_byte_tokenizer(plain, folder / "model", reasoning=True)
 
 
 @pytest.fixture(scope="module")
 def pool(folder: str) -> list[Pooled]:
     """Requests with their serial outputs; a third of them stop at a token they would produce."""
     rng = random.Random(1)
-    prefix = [rng.randrange(VOCAB) for _ in range(64)]
+    prefix = tokens(rng, 64)
     pooled = []
-    with engine(folder) as llm:
+    with engine(folder, **EVERYTHING) as llm:
 
-        def alone(prompt: list[int], options: dict[str, Any]) -> list[Output]:
+        def alone(prompt: list[int], options: Options) -> list[Output]:
             seen = drive(llm, [Arrival("alone", prompt, sampling(options))])
             return [seen["alone", index] for index in range(options.get("n", 1))]
 
         for _ in range(POOL):
             prompt, options = random_request(rng, prefix)
             outputs = alone(prompt, options)
-            if rng.random() < 0.35:
+            if rng.random() < 0.35 and "structured_outputs" not in options:
                 stop = rng.choice(outputs[0].tokens)
-                options["stop_token_ids"] = [stop, rng.randrange(VOCAB)]
+                options["stop_token_ids"] = [stop, *tokens(rng, 1)]
                 if rng.random() < 0.5:
                     options["min_tokens"] = rng.randint(0, options["max_tokens"])
                 outputs = alone(prompt, options)
             pooled.append(Pooled(prompt, sampling(options), outputs))
     return pooled
+
+
+def test_the_pool_asks_for_all_that_is_honoured_in_the_engine(pool: list[Pooled]) -> None:
+    """A field that joins one of these lists must join the requests here."""
+    plain = SamplingParams()
+    asked = {
+        name
+        for request in pool
+        for name in SamplingParams.__struct_fields__
+        if getattr(request.params, name) != getattr(plain, name)
+    }
+    set_by_vllm = {"_eos_token_id", "_all_stop_token_ids", "_bad_words_token_ids"}
+    on_cuda = {"prompt_logprob_token_ids", "prompt_logprob_start"}
+    in_the_engine = {
+        name
+        for who, names in features.SAMPLING.items()
+        if not who.startswith(("the API process", "nobody"))
+        for name in names.split()
+    }
+    assert not in_the_engine - asked - set_by_vllm - on_cuda
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +131,7 @@ def margins(reference: Reference, request: Pooled, out: Output) -> list[float]:
         threshold=depth.get("exit_threshold", 1.0),
         mode=depth["exit_mode"],
         min_loops=depth.get("min_loops", 1),
+        max_loops=depth.get("max_loops"),
         forced_depths=depth.get("forced_depths"),
         choose=lambda logits, output: out.tokens[len(output)],
     )
@@ -165,7 +161,7 @@ def test_batched_equals_serial(
 ) -> None:
     rng = random.Random(kind)
     excused = compared = preemptions = 0
-    with engine(folder, **ENGINES[kind]) as llm:
+    with engine(folder, **EVERYTHING, **ENGINES[kind]) as llm:
         scheduler = scheduler_of(llm)
         preempt = scheduler._preempt_request
 
@@ -189,14 +185,18 @@ def test_batched_equals_serial(
                     if arrival.abort_after is not None and out.finish_reason in (None, "abort"):
                         end = len(out.tokens)
                     same = (out.tokens, out.depths, alone.tokens[:end], alone.depths[:end])
-                    if same[0] == same[2] and same[1] == same[3]:
-                        assert out.loops_run == alone.loops_run[:end]
-                        continue
                     what = f"{kind} workload {number} request {arrival.name}.{index}"
                     what = f"{what} {request.params}"
+                    if same[0] == same[2] and same[1] == same[3]:
+                        assert out.loops_run == alone.loops_run[:end], what
+                        assert_same_values(what, out, alone)
+                        if end == len(alone.tokens):
+                            ended = (out.text, out.finish_reason, out.stop_reason)
+                            assert ended == (alone.text, alone.finish_reason, alone.stop_reason)
+                        continue
                     excused += not assert_same(what, *same, margins(reference, request, alone))
         assert_idle(llm)
     assert compared > 4 * WORKLOADS, f"only {compared} outputs compared"
     assert excused <= compared // 100, f"{excused} of {compared} excused as near ties"
-    if kind == "cramped":
+    if kind.startswith("cramped"):
         assert preemptions >= 8, f"only {preemptions} preemptions"

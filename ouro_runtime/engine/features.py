@@ -1,0 +1,99 @@
+"""Seam: all that a request may ask of vLLM, and who sees to it in a looped engine.
+
+Each field of vLLM's request is on one of these lists. One that vLLM grows is on none, and importing
+this fails: it must be decided where it is honoured, or that it is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
+
+from ouro_runtime.config import DEPTH_FIELDS, FORCED, DepthError, ExitParams, LoopConfig
+from ouro_runtime.engine.pin import SeamError
+
+SAMPLING = {
+    "the sampler, row by row": """
+        presence_penalty frequency_penalty repetition_penalty temperature top_p top_k min_p seed
+        logprobs logprob_token_ids logit_bias allowed_token_ids _bad_words_token_ids min_tokens
+        structured_outputs thinking_token_budget _all_stop_token_ids
+    """,
+    "the step's planner": """
+        max_tokens stop_token_ids ignore_eos _eos_token_id extra_args
+    """,
+    "vLLM's scheduler, on the tokens of a step": """
+        repetition_detection skip_reading_prefix_cache
+    """,
+    "vLLM's runner, on a prompt's last states": """
+        prompt_logprobs prompt_logprob_token_ids prompt_logprob_start
+    """,
+    "the API process, on what the engine delivers": """
+        n stop detokenize skip_special_tokens spaces_between_special_tokens bad_words
+        include_stop_str_in_output output_kind stream_interval flat_logprobs skip_clone
+        output_text_buffer_length
+    """,
+    "nobody: it needs a server option that config_hook.refuse refuses": """
+        watermarking _watermarking_skipped trace_decode_token_ids routed_experts_prompt_start
+    """,
+}
+"""Fields of `SamplingParams` by who honours them."""
+
+REQUEST = {
+    "honoured": """
+        request_id prompt_token_ids sampling_params arrival_time cache_salt data_parallel_rank
+        client_index current_wave priority trace_headers external_req_id reasoning_ended
+        reasoning_parser_kwargs abort_immediately session_id kv_hints
+    """,
+    "refused": """
+        pooling_params lora_request prompt_embeds prompt_is_token_ids mm_features resumable
+    """,
+}
+"""Fields of `EngineCoreRequest`; what is refused is so by the server's configuration (see
+`config_hook.refuse`), or by `check`."""
+
+TRANSFER = ("kv_transfer_params", "ec_transfer_params")
+OWN = (*DEPTH_FIELDS, FORCED)
+VLLMS = ("kv_cache_report_mode",)
+"""Keys of `extra_args`: for connectors, ours, and what vLLM's prefix cache reads."""
+
+
+def check(params: Any, config: LoopConfig, *, resumable: bool, open_args: bool) -> None:
+    """Refuse what a request asks for and would not get.
+
+    Args:
+        params: vLLM's `SamplingParams`. config: the model's loops.
+        resumable: whether the prompt may grow while the request runs.
+        open_args: whether a logits processor of the user's may read other keys of `extra_args`.
+
+    Raises:
+        DepthError: naming the field.
+    """
+    if resumable:
+        raise DepthError(
+            "prompt",
+            "streaming input is not supported: a prompt that grows would keep the K/V of answers, "
+            "which not every loop has",
+        )
+    extra: Mapping[str, Any] = params.extra_args or {}
+    for name in extra:
+        if name in TRANSFER:
+            raise DepthError(name, f"{name} is not supported: K/V is not transferred")
+        if name not in (*OWN, *VLLMS) and not open_args:
+            known = ", ".join(OWN)
+            raise DepthError(str(name), f"unknown field {name!r} in extra_args; known are {known}")
+    ExitParams.parse(extra, config.defaults, config.loops)
+
+
+def check_lists(kind: str, lists: Mapping[str, str], found: tuple[str, ...]) -> None:
+    """Raise SeamError unless each field of vLLM's class is on exactly one list."""
+    known = [name for names in lists.values() for name in names.split()]
+    new, gone = set(found) - set(known), set(known) - set(found)
+    if new or gone or len(known) != len(set(known)):
+        raise SeamError(f"{kind} of vLLM has new fields {sorted(new)}, and not {sorted(gone)}")
+
+
+check_lists("SamplingParams", SAMPLING, SamplingParams.__struct_fields__)
+check_lists("EngineCoreRequest", REQUEST, EngineCoreRequest.__struct_fields__)
