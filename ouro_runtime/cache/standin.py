@@ -18,6 +18,16 @@ import numba
 import numpy as np
 import torch
 
+
+def compiled(function: Callable) -> Callable:
+    """`function`, compiled at its first call ever: later processes load it, where numba finds a
+    folder to keep it in."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return numba.njit(nogil=True)(function)
+
+
 WriteToken = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
@@ -61,7 +71,7 @@ def raw(pages: torch.Tensor) -> np.ndarray:
     return pages.view(INTEGERS[pages.element_size()]).flatten(2).numpy()
 
 
-@numba.njit(nogil=True)
+@compiled
 def fill(pages, places, debts):  # pragma: no cover (compiled)
     """Pay debts in one layer.
 
@@ -78,7 +88,7 @@ def fill(pages, places, debts):  # pragma: no cover (compiled)
                 filling[where[element]] = held[where[element]]
 
 
-@numba.njit(nogil=True)
+@compiled
 def _due(depths, filled, slot, loop, limit, table, row, loops, block_size):  # pragma: no cover
     """`StandIns.due`, compiled."""
     most = 0

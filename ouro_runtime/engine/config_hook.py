@@ -47,7 +47,11 @@ class OuroConfigHook(VerifyAndUpdateConfig):
         scheduler.scheduler_cls = SCHEDULER
         if current_platform.is_cpu():
             os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+            from ouro_runtime.engine import cpu_executor
+
             parallel.worker_cls = CPU_WORKER
+            cpu_executor.choose(parallel)
+            cpu_executor.install()
             if not vllm_config.cache_config.user_specified_block_size:
                 # vLLM's CPU kernels keep K transposed inside a block: the smaller the block, the
                 # closer together the elements of one token, and the cheaper its stand-ins.
