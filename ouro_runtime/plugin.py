@@ -20,17 +20,16 @@ def register() -> None:
     from ouro_runtime.engine import pin
 
     pin.check_version()
-    from vllm.model_executor.models.registry import ModelRegistry
     from vllm.platforms import current_platform
     from vllm.reasoning import ReasoningParserManager
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
     from ouro_runtime.config import OuroConfig
-    from ouro_runtime.engine import config_hook, outputs
+    from ouro_runtime.engine import config_hook, outputs, registry
 
     _CONFIG_REGISTRY["ouro"] = OuroConfig
     model = CUDA_MODEL if current_platform.is_cuda() else MODEL
-    ModelRegistry.register_model("OuroForCausalLM", model)
+    registry.register_model("OuroForCausalLM", model, current_platform.is_cpu())
     ReasoningParserManager.register_lazy_module("ouro", *REASONING.split(":"))
     config_hook.install()
     outputs.install()

@@ -1,0 +1,109 @@
+"""How a server on CPU is put together: one process for engine and worker, quick to start."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch._inductor import config as inductor
+from vllm.model_executor.models import registry
+from vllm.v1.engine.utils import CoreEngineProcManager
+from vllm.v1.executor.abstract import Executor
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+from ouro_runtime.engine import cpu_executor, cpu_worker
+from ouro_runtime.engine.cpu_executor import OuroCPUExecutor
+from ouro_runtime.engine.registry import HereInspected
+
+
+def parallel(**changes: Any) -> SimpleNamespace:
+    default = {"distributed_executor_backend": "uni", "data_parallel_size": 1}
+    return SimpleNamespace(**(default | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "chosen"),
+    [
+        ({}, "1", OuroCPUExecutor),
+        ({}, "0", "uni"),
+        ({"data_parallel_size": 2}, "1", "uni"),
+        ({"distributed_executor_backend": "mp"}, "1", "mp"),
+    ],
+    ids=str,
+)
+def test_a_single_worker_lives_in_the_engine_core(
+    changes: dict[str, Any], processes: str, chosen: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", processes)
+    config = parallel(**changes)
+    cpu_executor.choose(config)
+    assert config.distributed_executor_backend == chosen
+
+
+def test_vllm_takes_the_executor_as_its_own_in_process_one() -> None:
+    config = SimpleNamespace(parallel_config=parallel(distributed_executor_backend=OuroCPUExecutor))
+    assert Executor.get_class(config) is OuroCPUExecutor
+    assert issubclass(OuroCPUExecutor, UniProcExecutor)
+
+
+@pytest.mark.parametrize(("executor", "bound"), [(OuroCPUExecutor, True), (UniProcExecutor, False)])
+def test_an_engine_core_that_holds_its_worker_starts_with_the_workers_cores(
+    executor: type, bound: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str | None] = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("OMP_PLACES", raising=False)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")
+
+    def init(self: Any, vllm_config: Any, executor_class: type) -> None:
+        seen.append(os.environ.get("OMP_PLACES"))
+
+    monkeypatch.setattr(CoreEngineProcManager, "__init__", init)
+    cpu_executor.install()
+    layout = SimpleNamespace(
+        local_world_size=1, data_parallel_rank_local=None, _api_process_count=1
+    )
+    config = SimpleNamespace(parallel_config=layout, kv_transfer_config=None)
+    CoreEngineProcManager(vllm_config=config, executor_class=executor)
+    assert seen == (["{0}"] if bound else [None])
+    assert "OMP_PLACES" not in os.environ
+
+
+def test_a_compiled_function_that_is_finished_needs_no_finishing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def finished() -> int:
+        return 7
+
+    loaded = SimpleNamespace(_artifacts=SimpleNamespace(compiled_fn=finished))
+    monkeypatch.setattr(cpu_worker, "load_compiled", lambda *a, **k: loaded)
+    function = cpu_worker.load_finished("file")._artifacts.compiled_fn
+    function.finalize_loading(None)
+    assert function() == 7
+
+
+def test_a_compiler_that_knows_less_than_the_processor_is_asked_more_closely(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu_worker, "get_cpp_compiler", lambda: "false")
+    assert not cpu_worker.knows_instructions()
+    monkeypatch.setattr(cpu_worker, "get_cpp_compiler", lambda: "no-such-compiler")
+    assert not cpu_worker.knows_instructions()
+    with cpu_worker.quick_compiler():
+        assert inductor.cpp.vec_isa_ok is not False, "torch would use no vector instruction at all"
+    monkeypatch.setattr(cpu_worker, "get_cpp_compiler", lambda: "true")
+    if cpu_worker.platform.machine() == "x86_64":
+        assert cpu_worker.knows_instructions()
+
+
+def test_a_model_is_inspected_without_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def started(fn: Any) -> Any:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(registry, "_run_in_subprocess", started)
+    monkeypatch.setattr(HereInspected, "_load_modelinfo_from_cache", lambda self, module_hash: None)
+    monkeypatch.setattr(HereInspected, "_save_modelinfo_to_cache", lambda *a, **k: None)
+    info = HereInspected("ouro_runtime.model.ouro", "OuroForCausalLM").inspect_model_cls()
+    assert info.is_text_generation_model
