@@ -13,6 +13,7 @@ from typing import Any
 _SAID = [{"role": "user", "content": "What is 2 + 3?"}]
 _SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 _TOOL = {"type": "function", "function": {"name": "add", "parameters": _SCHEMA}}
+_QUESTION = {"type": "choice", "criteria": {"yes": None, "no": None}}
 
 VALID: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"model": "m", "messages": _SAID, "max_tokens": 3},
@@ -26,7 +27,7 @@ VALID: dict[str, dict[str, Any]] = {
     "/v1/completions/render": {"model": "m", "prompt": "one two", "max_tokens": 3},
     "/cohere/v2/chat": {"model": "m", "messages": _SAID, "max_tokens": 3},
     "/invocations": {"model": "m", "messages": _SAID, "max_tokens": 3},
-    "/v1/systemone": {"model": "m", "prompt": "one", "questions": [{"id": "a", "choices": ["b"]}]},
+    "/v1/systemone": {"model": "m", "state": "x", "questions": {"a": _QUESTION}},
     "/tokenize": {"model": "m", "prompt": "one two"},
     "/detokenize": {"model": "m", "tokens": [3, 50, 60]},
     "/v1/depth": {"exit_threshold": 1.0},
@@ -63,7 +64,7 @@ _FIELDS: dict[str, list[str]] = {
     "/v1/responses": [*_DEPTH, *_SAMPLING, *_RESPONSES],
     "/v1/messages": [*_SAMPLING, *_CHAT, "output_config", "thinking", "stop_sequences", "system"],
     "/generative_scoring": [*_SAMPLING, "query", "items", "label_token_ids", "apply_softmax"],
-    "/v1/systemone": [*_SAMPLING, "prompt", "questions", "system", "context", "messages"],
+    "/v1/systemone": [*_SAMPLING, "state", "questions", "instructions", "images", *_CHAT],
     "/tokenize": ["model", "prompt", "add_special_tokens", "return_token_strs", *_CHAT],
     "/detokenize": ["model", "tokens"],
     "/v1/depth": _DEPTH,
@@ -291,7 +292,10 @@ def any_value(rng: random.Random) -> Any:
 
 
 def _set_field(rng: random.Random, path: str, body: dict[str, Any]) -> None:
-    field = rng.choice(_FIELDS.get(path, [*_DEPTH, *_SAMPLING, *_CHAT]))
+    fields = _FIELDS.get(path, [*_DEPTH, *_SAMPLING, *_CHAT])
+    if rng.random() < 0.3:
+        fields = [field for field in fields if field in _SHAPED] or fields
+    field = rng.choice(fields)
     if field in _BOUNDED:
         body[field] = rng.choice(_BOUNDED[field])
     elif field in _SHAPED and rng.random() < 0.6:
