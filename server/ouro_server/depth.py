@@ -17,6 +17,13 @@ RETURN_FIELDS = {"return_depths": "depths", "return_exit_cdf": "exit_cdf"}
 
 REQUEST_FIELDS = (*DEPTH_FIELDS, PRESET, PRIORITY, *RETURN_FIELDS)
 
+XARGS = (*REQUEST_FIELDS, FORCED, "session_id")
+"""Keys that mean something inside `vllm_xargs`: depth's, and one that vLLM's server reads there.
+
+What else vLLM looks for in a request's `extra_args` needs a K/V connector, K/V events or another
+model.
+"""
+
 _LONGEST_MESSAGE = 300
 
 
@@ -65,6 +72,16 @@ def find_controls(body: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def check_xargs(body: Mapping[str, Any]) -> None:
+    """DepthError for a key of `vllm_xargs` that nothing reads, such as a misspelt depth field."""
+    nested = body.get("vllm_xargs")
+    for key in nested if isinstance(nested, Mapping) else ():
+        if key not in XARGS:
+            raise DepthError(
+                key, f"unknown key {key!r:.100} in vllm_xargs; known are {', '.join(XARGS)}"
+            )
+
+
 def read_request(
     body: Any, served: ServedDepth | None, endpoint: Endpoint = COMPLETIONS
 ) -> Resolved | None:
@@ -86,6 +103,8 @@ def read_request(
         if served is None:
             refuse(found, "the served model has no loops")
             return None
+        if served.known_xargs:
+            check_xargs(body)
         return _read(body, found, served, endpoint)
     except DepthError as error:
         raise shortened(error) from None
@@ -146,7 +165,12 @@ def alias_of(body: Mapping[str, Any], served: ServedDepth) -> str | None:
 def refuse_everything(body: Mapping[str, Any], served: ServedDepth | None) -> None:
     """DepthError if a body says anything of depth: for an endpoint that knows none."""
     alias = None if served is None else alias_of(body, served)
-    _refuse_all(find_controls(body), alias, "this endpoint knows no depth")
+    try:
+        _refuse_all(find_controls(body), alias, "this endpoint knows no depth")
+        if served is not None and served.known_xargs:
+            check_xargs(body)
+    except DepthError as error:
+        raise shortened(error) from None
 
 
 def _refuse_all(found: Mapping[str, Any], alias: str | None, reason: str) -> None:

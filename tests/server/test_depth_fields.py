@@ -173,7 +173,7 @@ def extra_args(model: type, body: dict, arguments: tuple) -> dict:
 @pytest.mark.parametrize(("model", "body", "arguments"), REQUESTS)
 def test_controls_reach_the_engine(model: type, body: dict, arguments: tuple, nested: bool) -> None:
     if nested:
-        more = {"other": 7, "forced_depths": [1, 2]}
+        more = {"session_id": "a", "forced_depths": [1, 2]}
         given = extra_args(model, {**body, "vllm_xargs": {**CONTROLS, **more}}, arguments)
         expected = {**CONTROLS, **more}
     else:
