@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ouro_runtime.config import DEPTH_FIELDS, DepthError
+from ouro_runtime.engine.features import VLLMS
 from ouro_server.resolve import EFFORT, FORCED, PRESET, PRIORITY, Resolved, resolve
 from ouro_server.served import ServedDepth
 
@@ -17,12 +18,10 @@ RETURN_FIELDS = {"return_depths": "depths", "return_exit_cdf": "exit_cdf"}
 
 REQUEST_FIELDS = (*DEPTH_FIELDS, PRESET, PRIORITY, *RETURN_FIELDS)
 
-XARGS = (*REQUEST_FIELDS, FORCED, "session_id")
-"""Keys that mean something inside `vllm_xargs`: depth's, and one that vLLM's server reads there.
+SESSION = "session_id"
 
-What else vLLM looks for in a request's `extra_args` needs a K/V connector, K/V events or another
-model.
-"""
+XARGS = (*REQUEST_FIELDS, FORCED, SESSION, *VLLMS)
+"""Keys that mean something inside `vllm_xargs`: depth's, and vLLM's that work here."""
 
 _LONGEST_MESSAGE = 300
 
