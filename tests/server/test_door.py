@@ -58,7 +58,6 @@ UNSENDABLE: list[tuple[str, dict[str, Any]]] = [
     ("seed", {"seed": BIG}),
     ("priority", {"more": {"priority": BIG}}),
     ("stop", {"stop": ["\ud800"]}),
-    ("thinking", {"extra_args": {"thinking": object()}}),
     ("chat_template_kwargs", {"more": {"reasoning_parser_kwargs": {"a": BIG}}}),
 ]
 
