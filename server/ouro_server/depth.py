@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ouro_runtime.config import DEPTH_FIELDS, DepthError
+from ouro_runtime.engine.features import VLLMS
 from ouro_server.resolve import EFFORT, FORCED, PRESET, PRIORITY, Resolved, resolve
 from ouro_server.served import ServedDepth
 
@@ -16,6 +17,11 @@ RETURN_FIELDS = {"return_depths": "depths", "return_exit_cdf": "exit_cdf"}
 """Flags that ask for something of every token, and where a choice of the answer has it."""
 
 REQUEST_FIELDS = (*DEPTH_FIELDS, PRESET, PRIORITY, *RETURN_FIELDS)
+
+SESSION = "session_id"
+
+XARGS = (*REQUEST_FIELDS, FORCED, SESSION, *VLLMS)
+"""Keys that mean something inside `vllm_xargs`: depth's, and vLLM's that work here."""
 
 _LONGEST_MESSAGE = 300
 
@@ -65,6 +71,16 @@ def find_controls(body: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def check_xargs(body: Mapping[str, Any]) -> None:
+    """DepthError for a key of `vllm_xargs` that nothing reads, such as a misspelt depth field."""
+    nested = body.get("vllm_xargs")
+    for key in nested if isinstance(nested, Mapping) else ():
+        if key not in XARGS:
+            raise DepthError(
+                key, f"unknown key {key!r:.100} in vllm_xargs; known are {', '.join(XARGS)}"
+            )
+
+
 def read_request(
     body: Any, served: ServedDepth | None, endpoint: Endpoint = COMPLETIONS
 ) -> Resolved | None:
@@ -86,6 +102,8 @@ def read_request(
         if served is None:
             refuse(found, "the served model has no loops")
             return None
+        if served.known_xargs:
+            check_xargs(body)
         return _read(body, found, served, endpoint)
     except DepthError as error:
         raise shortened(error) from None
@@ -146,7 +164,12 @@ def alias_of(body: Mapping[str, Any], served: ServedDepth) -> str | None:
 def refuse_everything(body: Mapping[str, Any], served: ServedDepth | None) -> None:
     """DepthError if a body says anything of depth: for an endpoint that knows none."""
     alias = None if served is None else alias_of(body, served)
-    _refuse_all(find_controls(body), alias, "this endpoint knows no depth")
+    try:
+        _refuse_all(find_controls(body), alias, "this endpoint knows no depth")
+        if served is not None and served.known_xargs:
+            check_xargs(body)
+    except DepthError as error:
+        raise shortened(error) from None
 
 
 def _refuse_all(found: Mapping[str, Any], alias: str | None, reason: str) -> None:

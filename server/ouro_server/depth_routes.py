@@ -7,6 +7,8 @@ from fastapi import APIRouter, Depends, HTTPException, Request
 
 from ouro_runtime.config import MODES, DepthError
 from ouro_server.depth import shortened
+from ouro_server.honest_status import reads_requests
+from ouro_server.json_body import check_body
 from ouro_server.schemas import (
     ControllerInfo,
     DepthControls,
@@ -47,7 +49,7 @@ def build_depth_router() -> APIRouter:
 
     @router.put(
         "/v1/depth",
-        dependencies=[Depends(validate_json_request)],
+        dependencies=[Depends(reads_requests), Depends(validate_json_request), Depends(check_body)],
         responses={code: {"model": ErrorResponse} for code in (400, 403, 404, 409)},
         openapi_extra=_CHANGE,
     )

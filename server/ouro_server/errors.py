@@ -1,4 +1,4 @@
-"""Depth errors in OpenAI's error shape."""
+"""Errors in OpenAI's error shape."""
 
 from typing import Any
 
@@ -7,6 +7,8 @@ from starlette.responses import JSONResponse
 
 from ouro_runtime.config import DepthError
 from ouro_server.vllm_api import create_error_response
+
+STOPPED = "the engine has stopped, and the server with it; ask another one, or again later"
 
 
 def depth_error_body(error: DepthError) -> dict[str, Any]:

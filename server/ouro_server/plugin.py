@@ -13,8 +13,10 @@ from ouro_runtime.config import DepthError, LoopConfig
 from ouro_runtime.engine.stat_logger import listen
 from ouro_server.controller import Law
 from ouro_server.depth_routes import build_depth_router
+from ouro_server.door import open_door
 from ouro_server.errors import handle_depth_error
 from ouro_server.fallback import complete_requests
+from ouro_server.honest_status import HonestStatus
 from ouro_server.metrics import ServerMetrics
 from ouro_server.playground import attach_playground
 from ouro_server.presets import SHIPPED, PresetBook
@@ -45,6 +47,7 @@ class DepthEndpoints:
         """Replace vLLM's routes; vLLM drops its own of the same path and method."""
         app.state.depth = None
         app.add_exception_handler(DepthError, handle_depth_error)  # type: ignore[arg-type]
+        app.add_middleware(HonestStatus)
         app.include_router(build_router())
         app.include_router(build_depth_router())
         guard_others(app)
@@ -52,6 +55,9 @@ class DepthEndpoints:
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Put depth on the handlers vLLM built, if the served model has loops."""
+        if engine_client is None:  # vLLM's server that only renders
+            return
+        door = open_door(engine_client, await engine_client.get_supported_tasks())
         vllm_config = engine_client.vllm_config
         if getattr(vllm_config.model_config.hf_config, "total_ut_steps", None) is None:
             return
@@ -66,7 +72,8 @@ class DepthEndpoints:
         served = ServedDepth.of(config, book, names, fixed)
         metrics.watch(served.defaults)
         steering = start_steering(engine_client, args, served, metrics)
-        served = replace(served, metrics=metrics, steering=steering)
+        known = not vllm_config.model_config.logits_processors
+        served = replace(served, metrics=metrics, steering=steering, known_xargs=known)
         state.depth = served
         if steering is not None:
             # Kept on the state: the event loop holds only a weak reference to a task.
@@ -80,6 +87,7 @@ class DepthEndpoints:
         state.openai_serving_responses = adopt(
             state.openai_serving_responses, DepthServingResponses, served
         )
+        state.openai_serving_responses.door = door
         for name in PARSING:
             read_token_ids(getattr(state, name))
         if vllm_config.parallel_config._api_process_rank == 0:

@@ -11,6 +11,8 @@ from fastapi.routing import APIRoute
 from starlette.responses import Response
 
 from ouro_server import depth
+from ouro_server.honest_status import reads_requests
+from ouro_server.json_body import check_body
 from ouro_server.schemas import (
     DepthChatRequest,
     DepthChatResponse,
@@ -43,6 +45,12 @@ OTHER_ENDPOINTS = (
 )
 """vLLM's endpoints that run or render a request but know no depth: they refuse depth fields."""
 
+READING_ENDPOINTS = ("/detokenize", "/tokenize", "/v1/messages/count_tokens")
+"""vLLM's endpoints that take a body to which depth means nothing."""
+
+CHECKS = [Depends(reads_requests), Depends(validate_json_request), Depends(check_body)]
+"""What every endpoint that reads a client's body begins with."""
+
 
 def served_by(request: Request) -> ServedDepth | None:
     """The served model's depth; None for a model that has no loops."""
@@ -74,7 +82,7 @@ async def refuse_depth(raw_request: Request) -> None:
 
 def _responses(model: Any) -> dict[int | str, dict[str, Any]]:
     errors: dict[int | str, dict[str, Any]] = {
-        code: {"model": ErrorResponse} for code in (400, 404, 500)
+        code: {"model": ErrorResponse} for code in (400, 404, 500, 503)
     }
     return {200: {"model": model, "content": {"text/event-stream": {}}}, **errors}
 
@@ -82,11 +90,10 @@ def _responses(model: Any) -> dict[int | str, dict[str, Any]]:
 def build_router() -> APIRouter:
     """The chat, completion and Responses routes with depth."""
     router = APIRouter()
-    json_body = Depends(validate_json_request)
 
     @router.post(
         "/v1/chat/completions",
-        dependencies=[json_body, Depends(resolve_depth)],
+        dependencies=[*CHECKS, Depends(resolve_depth)],
         responses=_responses(DepthChatResponse),
         response_model=None,
     )
@@ -96,7 +103,7 @@ def build_router() -> APIRouter:
 
     @router.post(
         "/v1/completions",
-        dependencies=[json_body, Depends(resolve_depth)],
+        dependencies=[*CHECKS, Depends(resolve_depth)],
         responses=_responses(DepthCompletionResponse),
         response_model=None,
     )
@@ -106,7 +113,7 @@ def build_router() -> APIRouter:
 
     @router.post(
         "/v1/responses",
-        dependencies=[json_body, Depends(resolve_responses_depth)],
+        dependencies=[*CHECKS, Depends(resolve_responses_depth)],
         responses=_responses(DepthResponsesResponse),
         response_model=None,
     )
@@ -118,9 +125,11 @@ def build_router() -> APIRouter:
 
 
 def guard_others(app: FastAPI) -> None:
-    """Make the endpoints that know no depth refuse depth fields instead of ignoring them."""
+    """Check the bodies of vLLM's other endpoints; those that run one refuse depth fields."""
+    checks = dict.fromkeys(READING_ENDPOINTS, CHECKS)
+    checks |= {path: [*CHECKS, Depends(refuse_depth)] for path in OTHER_ENDPOINTS}
     for route in list(app.routes):
-        if isinstance(route, APIRoute) and route.path in OTHER_ENDPOINTS:
+        if isinstance(route, APIRoute) and route.path in checks:
             app.add_api_route(
                 route.path,
                 route.endpoint,
@@ -129,5 +138,5 @@ def guard_others(app: FastAPI) -> None:
                 responses=route.responses,
                 response_model=route.response_model,
                 response_class=route.response_class,
-                dependencies=[*route.dependencies, Depends(refuse_depth)],
+                dependencies=[*checks[route.path], *route.dependencies],
             )

@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, PrivateAttr, model_validator
 
-from ouro_server.depth import REQUEST_FIELDS
+from ouro_server.depth import REQUEST_FIELDS, SESSION
 from ouro_server.presets import EFFORTS
 from ouro_server.resolve import Resolved
 from ouro_server.usage import DepthUsage
@@ -73,12 +73,13 @@ class DepthFields(DepthControls):
     @model_validator(mode="before")
     @classmethod
     def _out_of_xargs(cls, data: Any) -> Any:
-        """Depth fields inside `vllm_xargs` become top-level ones; their types survive there."""
+        """Fields inside `vllm_xargs` that have a place at the top level go there, types kept."""
         nested = data.get("vllm_xargs") if isinstance(data, dict) else None
         if not isinstance(nested, dict):
             return data
-        moved = {k: nested[k] for k in REQUEST_FIELDS if k in nested and data.get(k) is None}
-        rest = {k: v for k, v in nested.items() if k not in REQUEST_FIELDS}
+        ours = (*REQUEST_FIELDS, SESSION)
+        moved = {k: nested[k] for k in ours if k in nested and data.get(k) is None}
+        rest = {k: v for k, v in nested.items() if k not in ours}
         return {**data, **moved, "vllm_xargs": rest or None}
 
     def to_sampling_params(self, *args: Any, **kwargs: Any) -> SamplingParams:

@@ -25,6 +25,8 @@ class ServedDepth:
         fixed: why the defaults must not be changed over HTTP; None if they may.
         metrics: where finished generations are counted, if anywhere.
         steering: the latency controller, if there is one.
+        known_xargs: whether all keys of `vllm_xargs` are known; not if the operator has logits
+            processors that may read their own.
     """
 
     model: str
@@ -35,6 +37,7 @@ class ServedDepth:
     fixed: tuple[int, str] | None = None
     metrics: ServerMetrics | None = None
     steering: Steering | None = None
+    known_xargs: bool = True
 
     def count(self, resolved: Resolved | None, tally: DepthTally) -> None:
         """Count a finished generation; `resolved` is None for one that could set no depth."""

@@ -6,10 +6,12 @@ vLLM constructs them is not repeated here.
 
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
+from http import HTTPStatus
 from typing import Any, TypeVar
 
 from ouro_runtime.engine.reasoning import reading_ids
 from ouro_server.depth import RETURN_FIELDS
+from ouro_server.errors import STOPPED
 from ouro_server.resolve import Resolved
 from ouro_server.served import ServedDepth
 from ouro_server.stream import DepthLedger, annotating, noting
@@ -17,6 +19,8 @@ from ouro_server.usage import DepthTally, tokens_of
 from ouro_server.vllm_api import (
     ChatCompletionResponse,
     CompletionResponse,
+    EngineDeadError,
+    ErrorResponse,
     OpenAIServingChat,
     OpenAIServingCompletion,
 )
@@ -74,10 +78,48 @@ def wanted_keys(request: Any) -> tuple[str, ...]:
     return tuple(key for flag, key in RETURN_FIELDS.items() if getattr(request, flag, None))
 
 
-class DepthServingChat(OpenAIServingChat):
+class NamedErrors:
+    """Errors in a stream that name what they are."""
+
+    def create_streaming_error_response(self, message: Any, *args: Any, **kwargs: Any) -> str:
+        if isinstance(message, EngineDeadError):  # 503, as whole answers say
+            status = HTTPStatus.SERVICE_UNAVAILABLE
+            message, args, kwargs = STOPPED, ("ServiceUnavailableError", status), {}
+        return super().create_streaming_error_response(message, *args, **kwargs)  # type: ignore[misc]
+
+
+async def begun(answer: Any, raw_request: Any) -> Any:
+    """An answer of vLLM's; a stream has its first event ready, or is the error that it began with.
+
+    With keep-alives a stream begins at once: they are there to say something while it waits.
+    """
+    args = getattr(raw_request.app.state, "args", None) if raw_request else None
+    if not isinstance(answer, AsyncGenerator) or getattr(args, "sse_keep_alive_interval", 0) > 0:
+        return answer
+    first = await anext(answer, None)
+    if first is not None and first.startswith('data: {"error"'):
+        await answer.aclose()
+        return ErrorResponse.model_validate_json(first.removeprefix("data: "))
+    return _resumed(first, answer)
+
+
+async def _resumed(
+    first: str | None, events: AsyncGenerator[str, None]
+) -> AsyncGenerator[str, None]:
+    async with aclosing(events):
+        if first is not None:
+            yield first
+        async for event in events:
+            yield event
+
+
+class DepthServingChat(NamedErrors, OpenAIServingChat):
     """Chat completions with depth."""
 
     depth: ServedDepth
+
+    async def create_chat_completion(self, request: Any, raw_request: Any = None) -> Any:
+        return await begun(await super().create_chat_completion(request, raw_request), raw_request)
 
     async def chat_completion_stream_generator(
         self,
@@ -125,10 +167,13 @@ class DepthServingChat(OpenAIServingChat):
         return response
 
 
-class DepthServingCompletion(OpenAIServingCompletion):
+class DepthServingCompletion(NamedErrors, OpenAIServingCompletion):
     """Completions with depth."""
 
     depth: ServedDepth
+
+    async def create_completion(self, request: Any, raw_request: Any = None) -> Any:
+        return await begun(await super().create_completion(request, raw_request), raw_request)
 
     async def completion_stream_generator(
         self,

@@ -29,10 +29,14 @@ from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse, UsageInfo
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup, validate_json_request
+from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.logger import configure_logging_from_args
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 __all__ = [
     "BaseModelPath",
@@ -42,8 +46,12 @@ __all__ = [
     "CompletionRequest",
     "CompletionResponse",
     "CompletionResponseChoice",
+    "EngineCoreRequest",
+    "EngineDeadError",
     "ErrorResponse",
     "FlexibleArgumentParser",
+    "MsgpackDecoder",
+    "MsgpackEncoder",
     "OpenAIServingChat",
     "OpenAIServingCompletion",
     "OpenAIServingResponses",
@@ -53,6 +61,8 @@ __all__ = [
     "SamplingParams",
     "ServeSubcommand",
     "UsageInfo",
+    "VLLMError",
+    "VLLMValidationError",
     "chat_route",
     "cli_env_setup",
     "completion_route",

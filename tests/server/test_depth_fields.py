@@ -173,8 +173,10 @@ def extra_args(model: type, body: dict, arguments: tuple) -> dict:
 @pytest.mark.parametrize(("model", "body", "arguments"), REQUESTS)
 def test_controls_reach_the_engine(model: type, body: dict, arguments: tuple, nested: bool) -> None:
     if nested:
-        more = {"other": 7, "forced_depths": [1, 2]}
-        given = extra_args(model, {**body, "vllm_xargs": {**CONTROLS, **more}}, arguments)
+        more = {"kv_cache_report_mode": "full", "forced_depths": [1, 2]}
+        xargs = {**CONTROLS, **more, "session_id": "a"}
+        given = extra_args(model, {**body, "vllm_xargs": xargs}, arguments)
+        assert model.model_validate({**body, "vllm_xargs": xargs}).session_id == "a"
         expected = {**CONTROLS, **more}
     else:
         given, expected = extra_args(model, {**body, **CONTROLS}, arguments), CONTROLS

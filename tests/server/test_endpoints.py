@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from fastapi.testclient import TestClient
@@ -39,6 +40,34 @@ def test_every_bad_value_is_a_400_that_names_the_field(
     assert_refused(post(client, path, BODIES[path] | {"min_loops": 3, "max_loops": 2}), "min_loops")
     assert not seen.requests
     assert post(client, path, BODIES[path]).status_code == 418
+
+
+@pytest.mark.parametrize("path", [*BODIES, *REFUSING])
+def test_a_misspelt_field_inside_xargs_is_refused(
+    served: tuple[TestClient, Seen], path: str
+) -> None:
+    client, seen = served
+    body = (BODIES | REFUSING)[path]
+    for key in ("exit_treshold", "kv_transfer_params", "x" * 1000):
+        answer = post(client, path, body | {"vllm_xargs": {key: 1}})
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert error["param"] == key
+        assert key[:90] in error["message"] and "exit_threshold" in error["message"]
+        assert len(error["message"]) < 400
+    assert not seen.requests
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_keys_inside_xargs_that_something_reads_pass(
+    served: tuple[TestClient, Seen], path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, _ = served
+    known = {"forced_depths": [1, 2], "min_loops": 1, "session_id": "a"}
+    assert post(client, path, BODIES[path] | {"vllm_xargs": known}).status_code == 418
+    app, _ = build(replace(serve(), known_xargs=False), monkeypatch)  # logits processors of its own
+    own = {"vllm_xargs": {"ngram_size": 3}}
+    assert post(TestClient(app), path, BODIES[path] | own).status_code == 418
 
 
 @pytest.mark.parametrize("path", BODIES)
