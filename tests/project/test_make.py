@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.run_tests import ENGINES, runs, stages
+from scripts.run_tests import ENGINES, run_all, runs, stages
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -93,23 +93,39 @@ def test_every_test_runs_in_exactly_one_stage() -> None:
         assert sum(file.is_relative_to(path) for path in planned) == 1, file
 
 
-def test_stages_keep_kernels_apart_and_engines_last(tmp_path: Path) -> None:
-    for name in ("kernels", "model", "empty", *ENGINES):
+def test_stages_keep_kernels_and_engines_apart(tmp_path: Path) -> None:
+    engines = [name for names in ENGINES.values() for name in names]
+    for name in ("kernels", "model", "empty", *engines):
         (tmp_path / name).mkdir()
         if name != "empty":
             (tmp_path / name / "test_it.py").write_text("")
     (tmp_path / "test_loose.py").write_text("")
     plan = stages(tmp_path)
-    assert list(plan) == ["quick", "kernels", "engines"]
+    assert list(plan) == [*ENGINES, "kernels", "quick"]
     assert plan["quick"] == [str(tmp_path / "test_loose.py"), str(tmp_path / "model")]
     assert plan["kernels"] == [str(tmp_path / "kernels")]
-    assert plan["engines"] == [str(tmp_path / name) for name in ENGINES]
+    for name, folders in ENGINES.items():
+        assert plan[name] == [str(tmp_path / folder) for folder in folders]
 
 
 def test_kernels_run_again_with_the_oldest_triton(tmp_path: Path) -> None:
-    plan = {"quick": ["a"], "kernels": ["k"], "engines": ["e"]}
-    assert [name for name, _, _ in runs(plan, tmp_path / "none")] == list(plan)
+    plan = {"engines": ["e"], "kernels": ["k"], "quick": ["a"]}
+    assert [run.name for run in runs(plan, tmp_path / "none")] == list(plan)
     found = runs(plan, tmp_path)
-    assert [paths for _, paths, _ in found] == [["a"], ["k"], ["k"], ["e"]]
-    first = [e.get("PYTHONPATH", "").split(os.pathsep)[0] == str(tmp_path) for _, _, e in found]
-    assert first == [False, False, True, False]
+    assert [run.paths for run in found] == [["e"], ["k"], ["k"], ["a"]]
+    paths = [run.environment.get("PYTHONPATH", "").split(os.pathsep)[0] for run in found]
+    assert [path == str(tmp_path) for path in paths] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_every_stage_runs_and_a_failure_is_told(
+    at_once: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = tmp_path / "test_good.py", tmp_path / "test_bad.py"
+    good.write_text("def test_it(): pass\n")
+    bad.write_text("def test_it(): assert 0, 'so it is'\n")
+    found = runs({"a": [str(good)], "b": [str(bad)], "c": [str(good)]}, tmp_path / "none")
+    run_all(list(found), ["-p", "no:cacheprovider"], at_once)
+    assert [run.passed for run in found] == [True, False, True]
+    said = capsys.readouterr().out
+    assert "== c tests" in said and "so it is" in said
