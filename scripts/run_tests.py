@@ -77,7 +77,7 @@ class Run:
 
     def start(self, arguments: Sequence[str]) -> None:
         self.seconds = -time.monotonic()
-        self.output = tempfile.TemporaryFile()
+        self.output = tempfile.TemporaryFile()  # noqa: SIM115 (`show` closes it)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pytest", "-m", "not gpu", *arguments, *self.paths],
             cwd=ROOT,
