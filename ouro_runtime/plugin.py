@@ -25,11 +25,13 @@ def register() -> None:
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
     from ouro_runtime.config import OuroConfig
-    from ouro_runtime.engine import config_hook, outputs, registry
+    from ouro_runtime.engine import config_hook, kernel_scan, outputs, registry
 
     _CONFIG_REGISTRY["ouro"] = OuroConfig
     model = CUDA_MODEL if current_platform.is_cuda() else MODEL
     registry.register_model("OuroForCausalLM", model, current_platform.is_cpu())
     ReasoningParserManager.register_lazy_module("ouro", *REASONING.split(":"))
     config_hook.install()
+    if current_platform.is_cpu():
+        kernel_scan.install()
     outputs.install()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from torch._inductor import config as inductor
 from vllm.model_executor.models import registry
+from vllm.triton_utils import dispatcher
 from vllm.v1.engine.utils import CoreEngineProcManager
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from ouro_runtime.engine import cpu_executor, cpu_worker
+from ouro_runtime.engine import cpu_executor, cpu_worker, kernel_scan
 from ouro_runtime.engine.cpu_executor import OuroCPUExecutor
 from ouro_runtime.engine.registry import HereInspected
 
@@ -96,6 +98,21 @@ def test_a_compiler_that_knows_less_than_the_processor_is_asked_more_closely(
     monkeypatch.setattr(cpu_worker, "get_cpp_compiler", lambda: "true")
     if cpu_worker.platform.machine() == "x86_64":
         assert cpu_worker.knows_instructions()
+
+
+def test_kernels_are_found_among_modules_that_cannot_be_searched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Opaque:
+        __dict__ = 7  # type: ignore[assignment]
+
+    own, foreign, kernel = ModuleType("vllm.own"), ModuleType("foreign"), object()
+    own.kernel, foreign.thing, foreign.kernel = kernel, Opaque(), kernel
+    monkeypatch.setitem(sys.modules, "vllm.own", own)
+    monkeypatch.setitem(sys.modules, "foreign", foreign)
+    kernel_scan.install()
+    dispatcher._rebind_kernels([(kernel, "override")])
+    assert own.kernel == "override" and foreign.kernel is kernel
 
 
 def test_a_model_is_inspected_without_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
