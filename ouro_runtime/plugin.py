@@ -25,7 +25,7 @@ def register() -> None:
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
     from ouro_runtime.config import OuroConfig
-    from ouro_runtime.engine import config_hook, kernel_scan, outputs, registry
+    from ouro_runtime.engine import config_hook, core_process, kernel_scan, outputs, registry
 
     _CONFIG_REGISTRY["ouro"] = OuroConfig
     model = CUDA_MODEL if current_platform.is_cuda() else MODEL
@@ -34,4 +34,5 @@ def register() -> None:
     config_hook.install()
     if current_platform.is_cpu():
         kernel_scan.install()
+    core_process.install()
     outputs.install()

@@ -52,11 +52,17 @@ class OuroConfigHook(VerifyAndUpdateConfig):
             parallel.worker_cls = CPU_WORKER
             cpu_executor.choose(parallel)
             cpu_executor.install()
-            if not vllm_config.cache_config.user_specified_block_size:
+            cache = vllm_config.cache_config
+            if cache.user_specified_block_size and cache.block_size % CPU_BLOCK_SIZE:
+                raise ValueError(
+                    f"--block-size must be a multiple of {CPU_BLOCK_SIZE} on CPU, "
+                    f"got {cache.block_size}"
+                )
+            if not cache.user_specified_block_size:
                 # vLLM's CPU kernels keep K transposed inside a block: the smaller the block, the
                 # closer together the elements of one token, and the cheaper its stand-ins.
-                vllm_config.cache_config.block_size = CPU_BLOCK_SIZE
-                vllm_config.cache_config.user_specified_block_size = True
+                cache.block_size = CPU_BLOCK_SIZE
+                cache.user_specified_block_size = True
 
 
 def on_cuda(vllm_config: Any) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 from typing import Any
 
+from vllm import envs
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 from vllm.v1.engine.utils import CoreEngineProcManager
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
@@ -23,6 +25,11 @@ check_parameters(OMPProcessManager.configure_omp_envs, "rank", "local_rank")
 
 class OuroCPUExecutor(UniProcExecutor):
     """vLLM's in-process executor, under a name that its CPU platform does not turn into another."""
+
+    def _distributed_args(self) -> tuple[str, int, int]:
+        # A file that torch leaves behind; this folder's owner removes it.
+        method, *ranks = super()._distributed_args()
+        return method.replace(tempfile.gettempdir(), envs.VLLM_RPC_BASE_PATH, 1), *ranks
 
 
 def choose(parallel: Any) -> None:

@@ -1,29 +1,28 @@
 """`ouro-serve`: the depth options, then vLLM's server."""
 
-import gc
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from ouro_runtime.config import DepthError
+from ouro_runtime.lean import lean
 from ouro_server import checkpoint, settings
 from ouro_server.presets import PresetBook, PresetError
 
-# Here, not in `main`: vLLM's processes import this file too, before they import vLLM, and a quarter
-# of that time went to looking for garbage among modules.
-gc.set_threshold(10_000, 10, 50)
+# Here, since vLLM's processes import this file too, before they import vLLM.
+lean()
 
+DIED = 1
 USAGE_ERROR = 2
 INTERRUPTED = 130
 _OPTION = {name: "--" + name.replace("_", "-") for name in settings.DEPTH_FIELDS}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until stopped. Exit status 2, and one line, for what cannot be served."""
+    """Serve until stopped. Exit status 2, and one line, for what cannot be served; 1 for an engine
+    that dies later."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = settings.depth_parser()
     if any(arg in ("-h", "--help") or arg.startswith("--help=") for arg in argv):
@@ -70,14 +69,24 @@ def _serve(
     name = (args.served_model_name or [args.model])[0]
     launch.say(f"Ouro Serve: loading {name} and warming up; this can take a minute")
     launch.complete(args, depth, config)
-    try:
-        launch.run(args)
-    except ValueError as error:
-        # What the engine's configuration refuses. An engine that dies later raises RuntimeError.
-        if os.environ.get("VLLM_LOGGING_LEVEL", "").upper() == "DEBUG":
-            raise
-        return _fail(_reason(error))
-    return 0
+    return _run(args)
+
+
+def _run(args: Any) -> int:
+    """Serve until stopped: status 2 if it cannot start, 1 if its engine dies."""
+    from ouro_server import failure, launch
+    from ouro_server.run_folder import run_folder
+
+    with run_folder() as folder:
+        try:
+            launch.run(args)
+        except Exception as error:
+            if os.environ.get("VLLM_LOGGING_LEVEL", "").upper() == "DEBUG":
+                raise
+            status = DIED if hasattr(args, "engine_exits") else USAGE_ERROR
+            return _fail(failure.why(error, args, folder), status)
+        death = failure.death(args, folder)
+    return 0 if death is None else _fail(f"the engine died: {death}", DIED)
 
 
 def _check_presets(file: Path, config: Mapping[str, Any] | None) -> PresetBook:
@@ -110,16 +119,9 @@ def _in_terms_of_options(error: DepthError) -> str:
     return str(error).replace(error.param, option, 1)
 
 
-def _reason(error: ValueError) -> str:
-    """What is wrong, without pydantic's account of where in vLLM's configuration it is."""
-    if not isinstance(error, ValidationError):
-        return str(error)
-    return "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
-
-
-def _fail(message: str) -> int:
+def _fail(message: str, status: int = USAGE_ERROR) -> int:
     print(f"ouro-serve: error: {message}", file=sys.stderr, flush=True)
-    return USAGE_ERROR
+    return status
 
 
 if __name__ == "__main__":

@@ -92,6 +92,8 @@ def complete(
         args.reasoning_parser = "ouro"
     if args.reasoning_parser == "ouro" and not args.reasoning_parser_plugin:
         args.reasoning_parser_plugin = "ouro_runtime.engine.reasoning"
+    # vLLM's bar is drawn anew in lines of a log.
+    args.use_tqdm_on_load = args.use_tqdm_on_load and sys.stdout.isatty()
     if args.dtype == "auto" and config is not None and checkpoint.stored_dtype(config) == "float32":
         # vLLM would round to bfloat16, and near a threshold a depth with it.
         args.dtype = "float32"

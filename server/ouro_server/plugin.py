@@ -58,6 +58,7 @@ class DepthEndpoints:
         if engine_client is None:  # vLLM's server that only renders
             return
         door = open_door(engine_client, await engine_client.get_supported_tasks())
+        note_exits(engine_client, args)
         vllm_config = engine_client.vllm_config
         if getattr(vllm_config.model_config.hf_config, "total_ut_steps", None) is None:
             return
@@ -93,6 +94,24 @@ class DepthEndpoints:
         if vllm_config.parallel_config._api_process_rank == 0:
             # Kept on the state: the event loop holds only a weak reference to a task.
             state.ready_task = asyncio.create_task(announce_when_ready(state, args))
+
+
+def note_exits(engine_client: Any, args: Namespace) -> None:
+    """Let `args.engine_exits` be the statuses of engine processes that were gone before they were
+    told to go; the attribute is there as soon as the server serves."""
+    args.engine_exits = []
+    core = getattr(engine_client, "engine_core", None)
+    resources, shutdown = getattr(core, "resources", None), getattr(engine_client, "shutdown", None)
+    if resources is None or shutdown is None:
+        return  # no engine in another process
+
+    def noting(*given: Any, **options: Any) -> None:
+        engine_client.shutdown = shutdown
+        if resources.engine_dead and resources.engine_manager is not None:
+            args.engine_exits += [p.exitcode for p in resources.engine_manager.processes]
+        shutdown(*given, **options)
+
+    engine_client.shutdown = noting
 
 
 def start_steering(

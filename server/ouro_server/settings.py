@@ -162,7 +162,12 @@ def environment(
     theirs = current["VLLM_PLUGINS"].split(",") if "VLLM_PLUGINS" in current else _installed()
     plugins = dict.fromkeys([*filter(None, theirs), *PLUGINS])
     added = {"VLLM_PLUGINS": ",".join(plugins)}
-    defaults = {"VLLM_NO_USAGE_STATS": "1", "PYTHONWARNINGS": QUIET}
+    defaults = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "PYTHONWARNINGS": QUIET,
+        # Of what torch's C++ code says, errors.
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
     if local_model:
         defaults["HF_HUB_OFFLINE"] = "1"
     own_logging = any(arg.startswith(("--log", "--pylog")) for arg in argv)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from torch._inductor import config as inductor
+from vllm import envs
 from vllm.model_executor.models import registry
 from vllm.triton_utils import dispatcher
 from vllm.v1.engine.utils import CoreEngineProcManager
@@ -57,7 +58,7 @@ def test_an_engine_core_that_holds_its_worker_starts_with_the_workers_cores(
     seen: list[str | None] = []
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("OMP_PLACES", raising=False)
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")
+    monkeypatch.setattr(envs, "VLLM_CPU_OMP_THREADS_BIND", "0", raising=False)
 
     def init(self: Any, vllm_config: Any, executor_class: type) -> None:
         seen.append(os.environ.get("OMP_PLACES"))

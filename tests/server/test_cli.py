@@ -158,6 +158,7 @@ def test_the_users_environment_stands() -> None:
         "HF_HUB_OFFLINE": "0",
         "PYTHONWARNINGS": "default",
         "VLLM_LOGGING_LEVEL": "DEBUG",
+        "TORCH_CPP_LOG_LEVEL": "INFO",
         "VLLM_NO_USAGE_STATS": "0",
     }
     assert settings.environment(theirs, [], True).keys() == {"VLLM_PLUGINS"}

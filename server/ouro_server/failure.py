@@ -1,0 +1,62 @@
+"""Why a server cannot start, or has stopped, in one line and the user's words."""
+
+import errno
+import re
+from argparse import Namespace
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from ouro_runtime.engine.core_process import noted, reason
+
+_CORE = re.compile(r"Failed core proc\(s\): \{[^}]*: (-?\d+)\}")
+_NO_MEMORY = "can't allocate memory"
+_NO_COMPILER = "No working C++ compiler found"
+KILLED = -9
+
+
+def why(error: Exception, args: Namespace, folder: Path) -> str:
+    """What to tell about an exception that ended the start of a server.
+
+    Args:
+        args: the server's options. folder: see `run_folder.py`.
+    """
+    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        return f"port {args.port} of {args.host} is in use; choose another with --port"
+    if isinstance(error, OSError) and error.errno == errno.EACCES and not error.filename:
+        return f"port {args.port} of {args.host} may not be used; choose one above 1023 with --port"
+    if isinstance(error, OSError) and error.errno == errno.EADDRNOTAVAIL:
+        return f"{args.host} is no address of this machine; choose another with --host"
+    if isinstance(error, ValidationError):
+        # Without pydantic's account of where in vLLM's configuration it is.
+        return "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
+    told = noted(folder)
+    text = told or reason(error)
+    core = None if told else _CORE.search(text)
+    if core:
+        text = died(int(core[1]))
+    if _NO_MEMORY in text:
+        return f"the model and its K/V do not fit into memory ({text})"
+    if _NO_COMPILER in text:
+        return "no C++ compiler found to compile the model with: install g++, or --enforce-eager"
+    return text
+
+
+def died(code: int) -> str:
+    """Of an engine process that ended without a word."""
+    if code == KILLED:
+        return "the engine process was killed: most likely memory ran out"
+    if code < 0:
+        return f"the engine process was ended by signal {-code}"
+    return f"the engine process ended with status {code}"
+
+
+def death(args: Namespace, folder: Path) -> str | None:
+    """Why the engine of a server that has stopped serving died; None if it was told to stop.
+
+    Args:
+        args: `args.engine_exits` are the statuses of engine processes that ended before the server
+            did (`plugin.note_exits`).
+    """
+    codes = [code for code in getattr(args, "engine_exits", ()) if code]
+    return (noted(folder) or died(codes[0])) if codes else None
