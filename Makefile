@@ -11,7 +11,7 @@ BIN := .venv/bin
 INSTALL = @$(PYTHON) scripts/install.py --build $(BUILD)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev serve test check format bench quality train-mini \
+.PHONY: help install install-dev serve test check format bench quality storm train-mini \
 	gpu-test gpu-bench clean
 
 help: ## list the targets
@@ -44,6 +44,9 @@ bench: install-dev ## measure against a model that always runs every loop; write
 
 quality: install-dev ## measure answers against loops on the shipped checkpoint
 	$(BIN)/python -m benchmarks.quality $(ARGS)
+
+storm: install-dev ## hostile requests, leaving clients, crowds, a killed engine, a soak; ARGS="--soak MINUTES"
+	$(BIN)/python -m benchmarks.storm $(ARGS)
 
 train-mini: install-dev ## train the shipped checkpoint again, in two legs; ARGS=--resume goes on after a kill
 	$(BIN)/python -m ouro_runtime.training --out runs/first $(ARGS)
