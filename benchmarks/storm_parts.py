@@ -222,16 +222,19 @@ async def soak(target: Stormed, seconds: float, seed: int = 0) -> tuple[Outcome,
             if answer.status_code != 200:
                 outcome.broken.append(f"{body}: {answer.status_code}")
 
-    async with target.client(CONNECTIONS) as http:
-        before = await reference(target, http)
-        deadline = time.monotonic() + min(20.0, seconds / 3)  # warms up
-        await asyncio.gather(*(client(http, number) for number in range(CONNECTIONS)))
-        await target.settle()
-        start = await asyncio.to_thread(target.held)
+    async def load(seconds: float, first: int) -> Held:
+        nonlocal deadline
         deadline = time.monotonic() + seconds
-        await asyncio.gather(*(client(http, 1000 + number) for number in range(CONNECTIONS)))
+        async with target.client(CONNECTIONS) as http:
+            await asyncio.gather(*(client(http, first + n) for n in range(CONNECTIONS)))
         await target.settle()
-        end = await asyncio.to_thread(target.held)
+        await asyncio.sleep(1)  # its connections are gone
+        return await asyncio.to_thread(target.held)
+
+    async with target.client(1) as http:
+        before = await reference(target, http)
+    start = await load(min(20.0, seconds / 3), 0)  # warms up
+    end = await load(seconds, 1000)
     outcome.broken += growth(start, end)
     return await checked(target, outcome, before), start, end
 

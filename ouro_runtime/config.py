@@ -209,6 +209,11 @@ def check_mode(value: Any, param: str = "exit_mode") -> str:
     return value
 
 
+PARTS = ("block", "metadata", "read_out", "stand_in", "plan")
+"""Where the time of a step's passes goes: the block itself; attention metadata; logits and
+sampling; stand-in K/V; planning, exit rule and moving states."""
+
+
 @dataclass
 class StepReport:
     """What the passes of one engine step did.
@@ -217,7 +222,7 @@ class StepReport:
         pass_rows: rows (cells) of each pass, in order; at most T entries.
         rows_by_loop: entry t: cells run at loop t + 1.
         tokens: tokens sampled in the step.
-        seconds: wall time of the passes by part (`ouro_runtime.loop.executor.PARTS`).
+        seconds: wall time of the passes by part (`PARTS`).
     """
 
     pass_rows: list[int] = field(default_factory=list)

@@ -4,7 +4,7 @@ parser, nothing else.
 vLLM calls it in every process, possibly more than once.
 """
 
-MODEL = "ouro_runtime.model.ouro:OuroForCausalLM"
+MODEL = "ouro_runtime.engine.cpu_model:OuroStepModel"
 CUDA_MODEL = "ouro_runtime.engine.gpu_model:OuroLaneModel"
 REASONING = "ouro_runtime.engine.reasoning:OuroReasoningParser"
 

@@ -11,10 +11,9 @@ import torch
 from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.gpu.async_utils import async_copy_to_np, stream
 
-from ouro_runtime.config import StepReport
+from ouro_runtime.config import PARTS, StepReport
 from ouro_runtime.engine.step_output import StepOutput, pack_notes
 from ouro_runtime.exit.cdf import exit_cdf
-from ouro_runtime.loop.executor import PARTS
 
 
 @dataclass

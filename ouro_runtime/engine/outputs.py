@@ -25,6 +25,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
 from ouro_runtime.config import (
+    PARTS,
     Delivery,
     DepthReport,
     Finished,
@@ -34,7 +35,6 @@ from ouro_runtime.config import (
 from ouro_runtime.engine import features
 from ouro_runtime.engine.pin import SeamError, check_parameters
 from ouro_runtime.engine.step_output import unpack_cdf
-from ouro_runtime.loop.executor import PARTS
 from ouro_runtime.pace import Pace
 
 REPORT_ID = "ouro-step-report"

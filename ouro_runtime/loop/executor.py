@@ -7,20 +7,15 @@ is computed and a token is sampled the runner's.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from ouro_runtime.exit.gate import survive
-from ouro_runtime.exit.policy import ExitPolicy, ExitSignals, exit_mask
+from ouro_runtime.exit.policy import exit_mask
 from ouro_runtime.loop.planner import StepPlan
 from ouro_runtime.loop.rows import NOBODY, NONE, Carried, Left, Move, Readout, Rows, Segments
-
-PARTS = ("block", "metadata", "read_out", "stand_in", "plan")
-"""Where the time of a pass goes: the block itself; attention metadata; logits and sampling;
-stand-in K/V; planning, exit rule and moving states."""
 
 
 class PassRunner(Protocol):
@@ -29,13 +24,11 @@ class PassRunner(Protocol):
     def prepare(self, rows: Rows, segments: Segments) -> None:
         """Point attention at the cells of the next pass and the stand-ins that they will read."""
 
-    def run_pass(
-        self, hidden: torch.Tensor, rows: Rows
-    ) -> tuple[torch.Tensor, torch.Tensor, float]:
+    def run_pass(self, hidden: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """One application of the block, which fills the stand-ins that it reads.
 
         Returns:
-            Normed states [N, H], lambda [N] float32, and the seconds that went to stand-ins.
+            Normed states [N, H], lambda [N] float32.
         """
 
     def embed(self, tokens: np.ndarray) -> torch.Tensor:
@@ -46,9 +39,6 @@ class PassRunner(Protocol):
 
     def stand_in(self, left: Left) -> None:
         """From now on the K/V of positions at their last loop stands for their deeper ones."""
-
-    def margin(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Top-1 minus top-2 probability [N] of the read-out of states [N, H]."""
 
 
 @dataclass
@@ -62,7 +52,6 @@ class StepResult:
         hidden: [scheduled, H] normed states at loop T of the scheduled prompt positions (other
             entries are unspecified); None if nobody asked.
         pass_rows: rows of each pass. rows_by_loop: cells run at each loop, [T].
-        seconds: wall time by part of a pass, see `PARTS`.
     """
 
     carried: list[list[Carried]]
@@ -71,19 +60,6 @@ class StepResult:
     hidden: torch.Tensor | None = None
     pass_rows: list[int] = field(default_factory=list)
     rows_by_loop: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
-
-
-class _Watch:
-    """Adds the time since the last call to a part."""
-
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self.seconds, self.last = seconds, perf_counter()
-
-    def __call__(self, part: str) -> None:
-        now = perf_counter()
-        self.seconds[part] += now - self.last
-        self.last = now
 
 
 def _pick(states: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
@@ -113,12 +89,11 @@ class StepExecutor:
     """Runs steps of a model of T loops.
 
     Args:
-        loops: T. policy: the exit policy of the model.
+        loops: T.
     """
 
-    def __init__(self, loops: int, policy: ExitPolicy) -> None:
+    def __init__(self, loops: int) -> None:
         self.loops = loops
-        self.policy = policy
 
     def run(
         self,
@@ -136,33 +111,22 @@ class StepExecutor:
         result = StepResult(
             carried=[[] for _ in plan.work], rows_by_loop=np.zeros(self.loops, np.int64)
         )
-        lap = _Watch(result.seconds)
         hidden = self._restore(plan, embedded)
         kept = _LastStates(plan, embedded) if keep_hidden else None
         while len(plan.rows) and plan.passes_left:
             rows = plan.rows
             result.pass_rows.append(len(rows))
             result.rows_by_loop += np.bincount(rows.loop, minlength=self.loops)
-            segments = plan.segments()
-            lap("plan")
-            runner.prepare(rows, segments)
-            lap("metadata")
-            before = hidden
-            hidden, halt, standing_in = runner.run_pass(hidden, rows)
-            lap("block")
-            lap.seconds["block"] -= standing_in
-            lap.seconds["stand_in"] += standing_in
-            out = plan.readout(self._exits(plan, before, hidden, halt, runner))
-            lap("plan")
+            runner.prepare(rows, plan.segments())
+            hidden, halt = runner.run_pass(hidden, rows)
+            out = plan.readout(self._exits(plan, halt))
             tokens, finished = self._read_out(out, hidden, runner, result)
-            lap("read_out")
             move = plan.advance(out, finished)
             if len(move.left):
                 runner.stand_in(move.left)
             if kept is not None:
                 kept.follow(move, hidden)
             hidden = self._follow(hidden, move, tokens, runner)
-            lap("plan")
         left = plan.leftovers()
         if left:
             states = _pick(hidden, np.array([row for row, _, _ in left])).unbind()
@@ -171,7 +135,6 @@ class StepExecutor:
                 result.carried[request].append(carried)
         if kept is not None:
             result.hidden = kept.hidden
-        lap("plan")
         return result
 
     def _restore(self, plan: StepPlan, embedded: torch.Tensor) -> torch.Tensor:
@@ -184,32 +147,12 @@ class StepExecutor:
         states = torch.stack([carried.hidden for _, carried in plan.restore])
         return hidden.index_copy_(0, index, states)
 
-    def _exits(
-        self,
-        plan: StepPlan,
-        before: torch.Tensor,
-        hidden: torch.Tensor,
-        halt: torch.Tensor,
-        runner: PassRunner,
-    ) -> np.ndarray:
+    def _exits(self, plan: StepPlan, halt: torch.Tensor) -> np.ndarray:
         """Update survival and apply the exit rule to every row: [N] bool."""
         rows = plan.rows
         rows.survival = survive(rows.survival, halt.numpy())
-        margin = delta = None
-        if "margin" in self.policy.needs:
-            margin = runner.margin(hidden).numpy()
-        if "delta" in self.policy.needs:
-            after = hidden.float()
-            moved = (after - before.float()).norm(dim=-1) / after.norm(dim=-1)
-            delta = np.where(rows.loop == 0, np.float32(np.inf), moved.numpy())
-        return exit_mask(
-            self.policy.score(ExitSignals(rows.survival, margin, delta)),
-            rows.loop + 1,
-            plan.threshold[rows.req],
-            rows.low,
-            rows.high,
-            self.loops,
-        )
+        threshold = plan.threshold[rows.req]
+        return exit_mask(rows.survival, rows.loop + 1, threshold, rows.low, rows.high, self.loops)
 
     def _read_out(
         self,

@@ -21,6 +21,15 @@ def test_operations_explains_every_alert() -> None:
     assert explained == list(of_rules())
 
 
+def test_operations_shows_the_kept_storm() -> None:
+    kept = (ROOT / "benchmarks/results/storm.md").read_text()
+    assert kept in (ROOT / "docs/operations.md").read_text()
+    parts = json.loads((ROOT / "benchmarks/results/storm.json").read_text())["parts"]
+    assert not [part for part in parts if part["broken"]]
+    sent = {part["part"]: part["sent"] for part in parts}
+    assert sent["mutated requests"] >= 10_000 and sent["abandoned streams"] >= 1_000
+
+
 PRESETS = PresetBook.load(SHIPPED, loops=4).presets
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ouro_runtime.exit.gate import halt_probability, survive
-from ouro_runtime.exit.policy import POLICIES, ExitSignals, exit_mask
+from ouro_runtime.exit.policy import exit_mask
 
 
 def test_survival_is_the_product_of_not_halting() -> None:
@@ -25,16 +25,14 @@ def test_the_gate_computes_in_float32_whatever_the_model_is_in() -> None:
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-6)
 
 
-def decide(score, depth, threshold, low=1, high=4, loops=4) -> bool:
-    number = np.array
-    mask = exit_mask(
-        number([score]), number([depth]), number([threshold]), number([low]), number([high]), loops
-    )
-    return bool(mask.item())
+def decide(cdf, depth, threshold, low=1, high=4, loops=4) -> bool:
+    survival = np.array([1 - cdf], np.float32)
+    others = (np.array([value]) for value in (depth, threshold, low, high))
+    return bool(exit_mask(survival, *others, loops).item())
 
 
 @pytest.mark.parametrize(
-    ("score", "depth", "threshold", "low", "high", "leaves"),
+    ("cdf", "depth", "threshold", "low", "high", "leaves"),
     [
         (0.5, 1, 0.5, 1, 4, True),
         (0.49, 1, 0.5, 1, 4, False),
@@ -46,17 +44,5 @@ def decide(score, depth, threshold, low=1, high=4, loops=4) -> bool:
         (0.0, 1, 0.0, 1, 4, True),
     ],
 )
-def test_exit_rule(score, depth, threshold, low, high, leaves) -> None:
-    assert decide(score, depth, threshold, low, high) is leaves
-
-
-def test_policies_score_what_they_are_named_for() -> None:
-    signals = ExitSignals(
-        survival=np.array([0.25]),
-        margin=np.array([0.6]),
-        delta=np.array([0.1]),
-    )
-    scores = {name: policy.score(signals).item() for name, policy in POLICIES.items()}
-    assert scores == pytest.approx({"gate": 0.75, "margin": 0.6, "delta": 0.9})
-    first = ExitSignals(survival=np.ones(1), delta=np.array([np.inf]))
-    assert POLICIES["delta"].score(first).item() == 0.0
+def test_exit_rule(cdf, depth, threshold, low, high, leaves) -> None:
+    assert decide(cdf, depth, threshold, low, high) is leaves

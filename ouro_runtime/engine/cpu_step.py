@@ -1,0 +1,160 @@
+"""One engine step on CPU: what its passes need of vLLM, and what they bring.
+
+The executor's `PassRunner`. Each of its parts is timed, so that the executor reads as what it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.outputs import LogprobsTensors
+
+from ouro_runtime.cache.pages import LoopPages
+from ouro_runtime.cache.standin import StandIns
+from ouro_runtime.config import PARTS, StepReport
+from ouro_runtime.engine.requests import LoopRequest
+from ouro_runtime.engine.row_sampler import StepSampler
+from ouro_runtime.engine.step_output import StepOutput, note_tokens
+from ouro_runtime.loop.executor import StepExecutor, StepResult
+from ouro_runtime.loop.planner import StepPlan
+from ouro_runtime.loop.rows import Left, Rows, Segments
+from ouro_runtime.model.cpu_attention import Cells
+
+
+class CPUStep:
+    """A step of requests [R], in the batch's order.
+
+    Args:
+        model: the looped model (`cpu_model.py`). requests: what the worker remembers of each.
+        sampler: samples between the passes. pages: the step's block tables.
+        stand_ins: of all requests. metadata_builder: vLLM's, of the attention backend.
+    """
+
+    result: StepResult
+    _cells: Cells
+
+    def __init__(
+        self,
+        model: Any,
+        requests: list[LoopRequest],
+        sampler: StepSampler,
+        pages: LoopPages,
+        stand_ins: StandIns,
+        metadata_builder: Any,
+    ) -> None:
+        self.model, self.requests, self.sampler = model, requests, sampler
+        self.pages, self.stand_ins, self.metadata_builder = pages, stand_ins, metadata_builder
+        self.slots = np.array([request.slot for request in requests], np.int64)
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+
+    def run(
+        self, executor: StepExecutor, plan: StepPlan, embedded: torch.Tensor, keep_hidden: bool
+    ) -> StepResult:
+        """Run the passes; requests remember their depths and what is carried over."""
+        began = perf_counter()
+        self.result = executor.run(plan, embedded, self, keep_hidden)
+        self.seconds["plan"] = perf_counter() - began - sum(self.seconds.values())
+        self.notes = note_tokens(self.result.readouts, len(self.requests), executor.loops)
+        for request, noted, carried in zip(
+            self.requests, self.notes, self.result.carried, strict=True
+        ):
+            request.depths += noted[:, 0].tolist()
+            request.carried = carried
+        return self.result
+
+    def deferred_logits(self, vocab: int) -> torch.Tensor:
+        """Logits [R, vocab] with rows for the deferred requests; [0, vocab] if there are none."""
+        deferred = self.result.deferred
+        if not deferred:
+            return torch.empty(0, vocab)
+        rows = self.model.read_out(torch.stack(list(deferred.values())))
+        logits = rows.new_zeros(len(self.requests), vocab)
+        logits[torch.tensor(list(deferred))] = rows
+        return logits
+
+    def finish(self, logits: torch.Tensor) -> tuple[torch.Tensor, LogprobsTensors | None]:
+        """Sample the deferred requests from `logits` [R, vocab], then hand over all tokens of the
+        step, see `StepSampler.finish`."""
+        deferred = np.array(sorted(self.result.deferred), np.int64)
+        if len(deferred):
+            self.sampler.sample(deferred, logits[torch.from_numpy(deferred)])
+        return self.sampler.finish()
+
+    def output(self, req_ids: Sequence[str], tokens: list[list[int]]) -> StepOutput:
+        """For the scheduler: depths by request, and what the passes did."""
+        report = StepReport(
+            pass_rows=self.result.pass_rows,
+            rows_by_loop=self.result.rows_by_loop.tolist(),
+            tokens=sum(map(len, tokens)),
+            seconds=self.seconds,
+        )
+        return StepOutput(dict(zip(req_ids, self.notes, strict=True)), report)
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        began = perf_counter()
+        yield
+        self.seconds[part] += perf_counter() - began
+
+    # ---- ouro_runtime.loop.executor.PassRunner ------------------------------------------------
+
+    def prepare(self, rows: Rows, segments: Segments) -> None:
+        with self._timed("metadata"):
+            slots = torch.from_numpy(self.pages.slots(rows.req, rows.pos, rows.loop))
+            longest = int(segments.seq_len.max())
+            first = torch.from_numpy(segments.first)
+            metadata = self.metadata_builder.build(
+                0,
+                CommonAttentionMetadata(
+                    query_start_loc=first,
+                    query_start_loc_cpu=first,
+                    seq_lens=torch.from_numpy(segments.seq_len),
+                    num_reqs=len(segments.req),
+                    num_actual_tokens=len(rows),
+                    max_query_len=segments.max_query,
+                    max_seq_len=longest,
+                    block_table_tensor=torch.from_numpy(
+                        self.pages.tables(segments.req, segments.loop, longest)
+                    ),
+                    slot_mapping=slots,
+                    causal=True,
+                ),
+            )
+            debts = self.stand_ins.due(
+                self.slots[segments.req],
+                segments.loop,
+                segments.seq_len.astype(np.int64) - 1,
+                self.pages.block_table,
+                segments.req,
+            )
+            self._cells = get_forward_context().attn_metadata = Cells(metadata, debts)
+
+    def run_pass(self, hidden: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        with self._timed("block"):
+            hidden, halt = self.model.model(hidden, torch.from_numpy(rows.pos))
+        self.seconds["block"] -= self._cells.seconds
+        self.seconds["stand_in"] += self._cells.seconds
+        return hidden, halt
+
+    def embed(self, tokens: np.ndarray) -> torch.Tensor:
+        ids, table = torch.from_numpy(tokens), self.model.model.embed_tokens
+        if table.tp_size == 1 and type(table.quant_method) is UnquantizedEmbeddingMethod:
+            return torch.nn.functional.embedding(ids, table.weight)
+        return self.model.embed_input_ids(ids)
+
+    def sample(self, req: np.ndarray, hidden: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        with self._timed("read_out"):
+            tokens = self.sampler.sample(req, self.model.read_out(hidden))
+            pairs = zip(req.tolist(), tokens.tolist(), strict=True)
+            return tokens, np.array([token in self.requests[i].stops for i, token in pairs], bool)
+
+    def stand_in(self, left: Left) -> None:
+        self.stand_ins.owe(self.slots[left.req], left.pos, left.depth)
