@@ -20,7 +20,7 @@ scheduling. `set_up` makes a process such a bench, with these departures from a 
 | the worker is vLLM's CPU worker around our runner | the GPU worker manages CUDA memory |
 | asynchronous scheduling stays as it was asked for | vLLM's CPU platform switches it off |
 | blocks of 16, eager, float32 | a GPU's block size; no graphs here; exact comparisons |
-| lane kernels run their reference code, but within `interpreted` | a kernel costs hundreds of times that; `tests/kernels` holds each against its reference |
+| the lane kernels' reference code, and vLLM's two attention kernels written out (`attention.py`) | a kernel costs a hundred times that; inside `interpreted` they run themselves |
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ def set_up() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     _set_triton()
     _set_platform()
+    _set_attention()
     _register()
 
 
@@ -145,12 +146,34 @@ def on(name: str) -> Any:
     return pytest.mark.parametrize("llm", [name], indirect=True)
 
 
+KERNELS: dict[str, Any] = {}
+"""vLLM's attention kernels, by the name that its backend calls them by."""
+
+
+def _set_attention() -> None:
+    from vllm.v1.attention.backends import triton_attn
+
+    from tests.cuda import attention
+
+    for name, written_out in (
+        ("unified_attention", attention.attend),
+        ("triton_reshape_and_cache_flash", attention.write_cache),
+    ):
+        KERNELS[name] = getattr(triton_attn, name)
+        setattr(triton_attn, name, written_out)
+
+
 @contextmanager
 def interpreted() -> Iterator[None]:
-    """Inside, the lane kernels are those of the GPU, in Triton's interpreter."""
+    """Inside, every kernel is the GPU's, in Triton's interpreter."""
+    from vllm.v1.attention.backends import triton_attn
+
     from ouro_kernels import _backend
 
-    with mock.patch.object(_backend, "interpreting", lambda: True):
+    with (
+        mock.patch.object(_backend, "interpreting", lambda: True),
+        mock.patch.multiple(triton_attn, **KERNELS),
+    ):
         yield
 
 
