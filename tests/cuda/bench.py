@@ -4,23 +4,26 @@ vLLM ships its V2 runner for CPU too: `vllm/v1/worker/cpu/model_runner.py` is a 
 one, and `v1/worker/cpu/shm.py` stands in for streams, events and pinned copies. With Triton's
 interpreter the kernels of both projects run there as they are. So what is tested is ours and
 vLLM's own: runner, request states, block tables, attention metadata, sampler, asynchronous
-scheduling. `set_up` makes a process such a bench, with these departures from a GPU:
+scheduling. `set_up` makes a process such a bench.
 
-| departure | why |
-| --- | --- |
-| `TRITON_INTERPRET=1` | nothing can be compiled |
-| an entry "cpu" in Triton's list of backends | vLLM's CPU build else believes that there is no Triton |
-| the interpreter patches Triton's language once | it does so per call of a function: half of the time |
-| it hands kernels the tensors themselves | it copies each argument's storage out and back |
-| masks of stores are made booleans | the grammar kernel's is not one in the interpreter |
-| top-k and top-p by vLLM's plain torch code | the interpreter's loop variables are no tensors |
-| compute capability (9, 0) | vLLM's Triton code asks for it |
-| vLLM's Triton attention | the other backends are compiled for CUDA; the CPU's keeps K transposed |
-| `config_hook` sees CUDA, the model is CUDA's, `attention.ON_CPU` is false | that is the test |
-| the worker is vLLM's CPU worker around our runner | the GPU worker manages CUDA memory |
-| asynchronous scheduling stays as it was asked for | vLLM's CPU platform switches it off |
-| blocks of 16, eager, float32 | a GPU's block size; no graphs here; exact comparisons |
-| the lane kernels' reference code, and vLLM's two attention kernels written out (`attention.py`) | a kernel costs a hundred times that; inside `interpreted` they run themselves |
+All departures from a GPU, and why:
+
+- `TRITON_INTERPRET=1`: nothing can be compiled. An entry "cpu" in Triton's list of backends:
+  without it vLLM's CPU build believes that there is no Triton, and replaces its kernels.
+- The interpreter patches Triton's language once, not per call of a function (half of the time), and
+  hands kernels their tensors, not copies of the storage below them.
+- It makes masks of stores booleans: the grammar kernel's is none there.
+- Top-k and top-p by vLLM's plain torch code: the interpreter's loop variables are no tensors.
+- Compute capability (9, 0): vLLM's Triton code asks for it.
+- vLLM's Triton attention: its other backends are compiled for CUDA, and the CPU's keeps K
+  transposed.
+- `config_hook` sees CUDA, the model is CUDA's, `attention.ON_CPU` is false: that is the test.
+- vLLM's CPU worker around our runner: its GPU worker manages CUDA memory.
+- Asynchronous scheduling as it was asked for: vLLM's CPU platform switches it off.
+- Blocks of 16 (a GPU's), layout LBHNC (by the hook), eager (no graphs here), float32 (exact
+  comparisons).
+- The lane kernels' reference code, and vLLM's two attention kernels written out (`attention.py`): a
+  kernel costs a hundred times that. Inside `interpreted` they run themselves.
 """
 
 from __future__ import annotations
@@ -171,7 +174,7 @@ def interpreted() -> Iterator[None]:
     from ouro_kernels import _backend
 
     with (
-        mock.patch.object(_backend, "interpreting", lambda: True),
+        mock.patch.object(_backend, "interpreting", return_value=True),
         mock.patch.multiple(triton_attn, **KERNELS),
     ):
         yield
@@ -179,8 +182,11 @@ def interpreted() -> Iterator[None]:
 
 @contextmanager
 def engine(model: str, **options: Any) -> Iterator[Any]:
-    """A small engine. Its K/V cache is full of NaN, so that whoever reads what nobody wrote is found
-    out, and what the host counts of a request is checked in every step."""
+    """A small engine, checked as it runs.
+
+    Its K/V cache is full of NaN, so that whoever reads what nobody wrote is found out, and in every
+    step the host's count of a request's positions must not be behind the device's.
+    """
     from tests.engine import harness
 
     settings = {"block_size": BLOCK, "max_num_seqs": 16, "num_gpu_blocks_override": 256}

@@ -76,13 +76,21 @@ def test_the_context_length_ends_a_request(llm: Any) -> None:
     bench.assert_idle(llm)
 
 
+CHUNKS = {"max_num_batched_tokens": 24, "max_num_seqs": 8, "num_gpu_blocks_override": 64}
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [(CHUNKS, "chunks"), (bench.CRAMPED, "preempted")],
+    ids=["chunks", "cramped"],
+)
 def test_every_long_case_in_chunks_and_preempted(
-    asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], kind: str, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = bench.CRAMPED | {"async_scheduling": asynchronous}
+    options = options | {"async_scheduling": asynchronous}
     with bench.engine(CHECKPOINTS["t4-mha"], **options) as llm:
         seen = watch(llm, monkeypatch)
         run_golden(llm, every=1)
-        assert seen["chunks"] >= 9 and seen["preempted"] >= 9, seen
+        assert seen[kind] >= 9, seen
