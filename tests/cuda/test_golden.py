@@ -40,12 +40,12 @@ def some(checkpoint: str, every: int, longest: int = 17) -> list[Case]:
 
 @bench.on("t6")
 def test_six_loops_in_one_batch(llm: Any) -> None:
-    run(llm, some("t6-gqa", 5))
+    run(llm, some("t6-gqa", 3))
 
 
 @bench.on("t4")
 def test_four_loops_in_one_batch(llm: Any) -> None:
-    run(llm, some("t4-mha", 5))
+    run(llm, some("t4-mha", 3))
 
 
 @bench.on("t6")
