@@ -180,12 +180,24 @@ def interpreted() -> Iterator[None]:
         yield
 
 
+def _check_histories(batch: Any, states: Any) -> None:
+    """The host's count of positions is never behind the device's, and the token that a decoding
+    request goes on from is the last of its history."""
+    slots, computed = batch.idx_mapping, states.num_computed_tokens.gpu[batch.idx_mapping]
+    assert (batch.num_computed_tokens_np >= computed.numpy()).all(), "the host's count fell behind"
+    decoding = computed >= states.prefill_len.gpu[slots]
+    slots, computed = slots[decoding], computed[decoding].long()
+    assert (states.total_len.gpu[slots] == computed + 1).all(), "a history has another length"
+    heads = batch.input_ids[batch.logits_indices][decoding]
+    assert (states.all_token_ids.gpu[slots, computed] == heads).all(), "a history has another end"
+
+
 @contextmanager
 def engine(model: str, **options: Any) -> Iterator[Any]:
     """A small engine, checked as it runs.
 
-    Its K/V cache is full of NaN, so that whoever reads what nobody wrote is found out, and in every
-    step the host's count of a request's positions must not be behind the device's.
+    Its K/V cache is full of NaN, so that whoever reads what nobody wrote is found out; in every
+    step what host and device remember of each request must agree.
     """
     from tests.engine import harness
 
@@ -198,8 +210,7 @@ def engine(model: str, **options: Any) -> Iterator[Any]:
 
         def checked(*args: Any) -> Any:
             batch = prepare(*args)
-            true = runner.req_states.num_computed_tokens.gpu[batch.idx_mapping].numpy()
-            assert (batch.num_computed_tokens_np >= true).all(), "the host's count fell behind"
+            _check_histories(batch, runner.req_states)
             return batch
 
         runner.prepare_inputs = checked
