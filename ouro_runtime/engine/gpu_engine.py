@@ -28,7 +28,7 @@ class LaneEngine:
 
     Args:
         parts: the block over lanes; None: every batch goes through `run_rows`.
-        table: all layers' caches. rows: `RowPasses.run`, or what stands for it in a test.
+        table: all layers' caches. rows: `RowPasses.run`.
         read_out: [M, H] -> [M, vocab]. embed: [M] -> [M, H].
         embedding: the table [V, H], if this process holds all of it; else None.
         replay: runs a captured pass of so many lanes, or says that there is none.

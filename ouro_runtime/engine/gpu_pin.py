@@ -88,6 +88,7 @@ def check() -> None:
         "self.sampler(logits, input_batch)",
     )
     mentions(runner.sample_tokens, "AsyncOutput(", "self.postprocess_sampled(")
+    check_parameters(runner.capture_model, "profile_only")
     mentions(runner.capture_model, "capture_inner_cudagraphs")
     mentions(
         runner.initialize_kv_cache,

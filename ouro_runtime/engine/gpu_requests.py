@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ class LaneRequests:
         self._depths: dict[str, list[int]] = {}
         self._epoch: dict[str, int] = {}
         self._slot: dict[str, int] = {}
+        self._noting = threading.Lock()
 
     def __contains__(self, req_id: str) -> bool:
         return req_id in self._slot
@@ -46,9 +48,10 @@ class LaneRequests:
         self.stops[slot] = -1
         self.stops[slot, : len(watched)] = watched
         self._slot[req_id] = slot
-        self._epoch[req_id] = self._epoch.get(req_id, 0) + 1
-        depths = self._depths.setdefault(req_id, [])
-        del depths[known - prompt :]
+        with self._noting:
+            self._epoch[req_id] = self._epoch.get(req_id, 0) + 1
+            depths = self._depths.setdefault(req_id, [])
+            del depths[known - prompt :]
 
     def leave(self, req_id: str) -> None:
         """The request gave up its slot; it may come back."""
@@ -56,9 +59,10 @@ class LaneRequests:
 
     def forget(self, req_ids: Any) -> None:
         """Requests that have ended."""
-        for req_id in req_ids:
-            self._depths.pop(req_id, None)
-            self._epoch.pop(req_id, None)
+        with self._noting:
+            for req_id in req_ids:
+                self._depths.pop(req_id, None)
+                self._epoch.pop(req_id, None)
 
     def epochs(self, req_ids: list[str]) -> list[int]:
         """Which admission of each request this is."""
@@ -67,11 +71,11 @@ class LaneRequests:
     def note(self, req_id: str, epoch: int, depths: list[int]) -> None:
         """Depths of tokens that came back; void if the request has ended or was admitted anew.
 
-        Called from the thread that waits for outputs, while requests end in another.
+        Called from the thread that waits for outputs, while requests come and end in another.
         """
-        held = self._depths.get(req_id)
-        if held is not None and self._epoch.get(req_id) == epoch:
-            held += depths
+        with self._noting:
+            if self._epoch.get(req_id) == epoch:
+                self._depths[req_id] += depths
 
     def params(
         self, slots: np.ndarray, decoding: np.ndarray, resumed: np.ndarray, plan: LanePlan

@@ -6,6 +6,7 @@ loop the rows are at. The metadata is built anew for every pass: lengths and tab
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,12 @@ from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappin
 
 from ouro_runtime.engine.gpu_backend import RowView
 from ouro_runtime.engine.gpu_lanes import LaneBuffers
+
+logger = logging.getLogger("vllm.ouro")
+
+BOUND_IS_EXACT = ("FLASHINFER",)
+"""Backends that take the host's upper bound of the lengths for the lengths. Without the bound they
+read the lengths from the device."""
 
 
 class RowPasses:
@@ -39,6 +46,14 @@ class RowPasses:
         self.attn_groups, self.kv_cache_config = attn_groups, kv_cache_config
         self.longest = longest
         self._pages = torch.zeros_like(tables)
+        backends = {group.backend.get_name() for groups in attn_groups for group in groups}
+        self._bounded = backends.isdisjoint(BOUND_IS_EXACT)
+        if not self._bounded:
+            logger.warning(
+                "Ouro Serve: %s plans on the host, which waits for the device before every pass of "
+                "a batch with prompt chunks; --attention-backend FLASH_ATTN does not",
+                ", ".join(sorted(backends)),
+            )
 
     def metadata(
         self,
@@ -72,7 +87,7 @@ class RowPasses:
             block_tables=(pages,),
             slot_mappings=slots[None],
             kv_cache_config=self.kv_cache_config,
-            seq_lens_cpu_upper_bound=bound,
+            seq_lens_cpu_upper_bound=bound if self._bounded else None,
             positions=positions,
             is_prefilling=torch.from_numpy(batch.is_prefilling_np),
             for_cudagraph_capture=for_capture,

@@ -2,11 +2,14 @@
 
 - `sample_tokens`: the step's depths ride on its output;
 - `finish_requests`: tells a request that has ended from one that was preempted;
-- `profile_cudagraph_memory`: graphs and caches made for the estimate are dropped with it.
+- `profile_cudagraph_memory`: graphs and caches made for the estimate are dropped with it;
+- `capture_model`: says so if decoding has no graphs.
 """
 
 from __future__ import annotations
 
+import gc
+import logging
 from collections import deque
 from typing import Any
 
@@ -16,9 +19,11 @@ from vllm.v1.worker.gpu.async_utils import AsyncOutput
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from ouro_runtime.engine import gpu_pin
+from ouro_runtime.engine import gpu_pin, gpu_refuse
 from ouro_runtime.engine.gpu_output import LaneOutput
 from ouro_runtime.engine.gpu_state import OuroModelState
+
+logger = logging.getLogger("vllm.ouro")
 
 
 class OuroGPUModelRunner(GPUModelRunner):
@@ -26,8 +31,9 @@ class OuroGPUModelRunner(GPUModelRunner):
 
     model_state: OuroModelState
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+        gpu_refuse.refuse(vllm_config)
+        super().__init__(vllm_config, device)
         self._unread: deque[LaneOutput] = deque()
 
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -57,7 +63,36 @@ class OuroGPUModelRunner(GPUModelRunner):
         try:
             return super().profile_cudagraph_memory()
         finally:
+            # After vLLM emptied the allocator's cache; what we let go of must not stay in there,
+            # or it is counted as in use when the room for K/V is measured.
             self.model_state.release()
+            gc.collect()
+            torch.accelerator.empty_cache()
+
+    def capture_model(self, *, profile_only: bool = False) -> int:
+        used = super().capture_model(profile_only=profile_only)
+        if not profile_only:
+            self._report_graphs()
+        return used
+
+    def _report_graphs(self) -> None:
+        """Say what runs without graphs, to who did not ask for that (`--enforce-eager`)."""
+        captured, most = self.model_state.graphs.buckets, self.max_num_reqs
+        if not captured:
+            logger.warning(
+                "Ouro Serve: decoding runs WITHOUT CUDA graphs and is bound by the host: vLLM "
+                "captures nothing in cudagraph mode %s with compilation mode %s",
+                self.compilation_config.cudagraph_mode,
+                self.compilation_config.mode,
+            )
+        elif captured[-1] < most:
+            logger.warning(
+                "Ouro Serve: steps of more than %d requests run WITHOUT CUDA graphs, and up to %d "
+                "may run at once (--max-num-seqs); --max-cudagraph-capture-size %d captures them",
+                captured[-1],
+                most,
+                most,
+            )
 
 
 class OuroGPUWorker(Worker):

@@ -37,11 +37,6 @@ class OuroModelState(ModelState):
 
     def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: Any) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        if self.model_config.return_sampling_mask or self.model_config.enable_trace_replay:
-            raise ValueError(
-                "Ouro Serve does not support sampling masks or trace replay: a step yields "
-                "several tokens per request"
-            )
         self.loops = LoopConfig.of(vllm_config).loops
         config = self.model_config.hf_config
         self.requests = LaneRequests(

@@ -5,7 +5,7 @@ places for the whole step, so the number of rows of a pass is known on the host,
 a mask on the device. Prompt rows run loop t in pass t. A lane runs wherever it is; when it leaves,
 its token's position takes its place.
 
-It is written against `LaneBackend`, so that tests drive it on CPU tensors.
+What runs the passes is a `LaneBackend`.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,9 @@ T = 4
 
 class Group:
     """An attention group whose metadata is what its builder was given."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = SimpleNamespace(get_name=lambda: backend)
 
     layer_names = ("layer.0", "layer.1")
     kv_cache_spec = None
@@ -46,18 +50,18 @@ def batch() -> Any:
     )
 
 
-@pytest.fixture
-def passes() -> RowPasses:
+def row_passes(backend: str) -> RowPasses:
     tables = torch.tensor([[7, 3], [2, 0], [9, 9]], dtype=torch.int32)
 
     def block(hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, None]:
         return hidden + positions[:, None], None
 
     groups = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=list(Group.layer_names))])
-    return RowPasses(block, T, tables, [[Group()]], groups, longest=11)
+    return RowPasses(block, T, tables, [[Group(backend)]], groups, longest=11)
 
 
-def test_every_request_reads_the_pages_of_its_loop(passes: RowPasses) -> None:
+def test_every_request_reads_the_pages_of_its_loop() -> None:
+    passes = row_passes("FLASH_ATTN")
     buffers = LaneBuffers(6, 2, 8, T, 3, torch.float32, "cpu")
     buffers.hidden.fill_(1)
     view = RowView(
@@ -78,9 +82,24 @@ def test_every_request_reads_the_pages_of_its_loop(passes: RowPasses) -> None:
     assert (metadata.num_reqs, metadata.num_actual_tokens, metadata.max_query_len) == (2, 4, 3)
     # A lane may move T - 1 positions in the step, but never past the longest sequence.
     assert metadata.max_seq_len == 11
+    assert metadata.seq_lens_cpu_upper_bound.tolist() == [11, 6]
     assert metadata.slot_mapping.tolist() == view.slots.tolist()
     assert context.slot_mapping["layer.0"].tolist() == view.slots.tolist()
     assert buffers.hidden[:6, 0].tolist() == [9, 1, 2, 3, 1, 1]
+
+
+def test_a_backend_that_takes_the_bound_for_the_lengths_gets_no_bound(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FlashInfer plans from it, and would read positions that nobody has written."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    lengths = torch.tensor([9, 3], dtype=torch.int32)
+    metadata = row_passes("FLASHINFER").metadata(
+        batch(), torch.zeros_like(lengths), lengths, torch.arange(4), torch.arange(4)
+    )["layer.0"]
+    assert metadata.seq_lens_cpu_upper_bound is None
+    assert torch.equal(metadata.seq_lens, lengths)
+    assert "--attention-backend FLASH_ATTN" in caplog.text
 
 
 def test_forward_is_one_pass_in_the_steps_buffers_or_a_step() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import threading
 from collections import deque
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -14,10 +17,12 @@ import torch
 from vllm import SamplingParams
 from vllm.config import CompilationConfig
 from vllm.config.compilation import CompilationMode, CUDAGraphMode
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 
 from ouro_runtime.config import ExitParams, LoopConfig
-from ouro_runtime.engine import gpu_pin
+from ouro_runtime.engine import gpu_pin, gpu_refuse
+from ouro_runtime.engine.config_hook import UnsupportedError
 from ouro_runtime.engine.gpu_graphs import PassGraphs
 from ouro_runtime.engine.gpu_lanes import STOPS, LaneParams, StepRecord
 from ouro_runtime.engine.gpu_model import OuroLaneModel
@@ -189,6 +194,94 @@ def test_a_process_that_nobody_asks_reads_its_outputs_in_time(
     for step in (1, 2, 3):
         runner._read_unasked(SimpleNamespace(get_output=partial(seen.append, step)))
     assert seen == read
+
+
+def test_memory_of_the_profiled_graphs_goes_back_when_it_is_let_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM empties the allocator's cache before we let go: it must be emptied again."""
+    done: list[str] = []
+    monkeypatch.setattr(
+        GPUModelRunner, "profile_cudagraph_memory", lambda self: done.append("vLLM") or 7
+    )
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: done.append("empty"))
+    runner = OuroGPUModelRunner.__new__(OuroGPUModelRunner)
+    runner.model_state = SimpleNamespace(release=lambda: done.append("release"))
+    assert runner.profile_cudagraph_memory() == 7
+    assert done == ["vLLM", "release", "empty"]
+
+
+@pytest.mark.parametrize(
+    ("captured", "said"),
+    [
+        ((), "decoding runs WITHOUT CUDA graphs"),
+        ((1, 2, 512), "--max-cudagraph-capture-size 600"),
+        ((1, 600), ""),
+    ],
+)
+def test_decoding_without_graphs_is_said_loudly(
+    captured: tuple[int, ...],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    monkeypatch.setattr(GPUModelRunner, "capture_model", lambda self, profile_only: 0)
+    runner = OuroGPUModelRunner.__new__(OuroGPUModelRunner)
+    runner.max_num_reqs = 600
+    runner.compilation_config = CompilationConfig(mode=CompilationMode.NONE)
+    runner.model_state = SimpleNamespace(graphs=SimpleNamespace(buckets=captured))
+    runner.capture_model(profile_only=True)
+    assert not caplog.text
+    runner.capture_model()
+    assert said in caplog.text and bool(said) == bool(caplog.text)
+
+
+def vllm_config(**options: Any) -> Any:
+    options = {"enforce_eager": False, "cudagraph_mode": None} | options
+    return SimpleNamespace(
+        model_config=SimpleNamespace(enforce_eager=options["enforce_eager"]),
+        compilation_config=SimpleNamespace(cudagraph_mode=options["cudagraph_mode"]),
+    )
+
+
+@pytest.mark.parametrize("name", ["VLLM_USE_BREAKABLE_CUDAGRAPH", "VLLM_BATCH_INVARIANT"])
+def test_graphs_that_would_replace_a_step_are_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_refuse.refuse(vllm_config())
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(UnsupportedError, match=name):
+        gpu_refuse.refuse(vllm_config(cudagraph_mode=CUDAGraphMode.PIECEWISE))
+    with pytest.raises(UnsupportedError, match=name):
+        OuroGPUModelRunner(vllm_config(), torch.device("cpu"))
+
+
+def test_without_graphs_nothing_can_be_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    gpu_refuse.refuse(vllm_config(enforce_eager=True))
+    gpu_refuse.refuse(vllm_config(cudagraph_mode=CUDAGraphMode.NONE))
+
+
+def test_a_request_that_comes_back_does_not_cross_with_its_late_depths() -> None:
+    """Depths come back in one thread while the request is admitted anew in another."""
+    config = LoopConfig(4, ExitParams(1.0, 1, 4, "skip"))
+    requests = LaneRequests(2, config, 32)
+    requests.add(0, "a", SamplingParams(max_tokens=9), 3, 3)
+    again = threading.Thread(target=requests.add, args=(1, "a", SamplingParams(max_tokens=9), 3, 3))
+
+    class Epochs(dict[str, int]):
+        def get(self, *args: Any) -> Any:
+            seen = super().get(*args)
+            if threading.current_thread() is not again and not again.ident:
+                again.start()
+                again.join(timeout=0.2)
+            return seen
+
+    requests._epoch = Epochs(requests._epoch)
+    requests.note("a", 1, [2, 3])
+    again.join()
+    assert requests._depths == {"a": []}, "void depths were noted"
 
 
 def test_depths_of_a_request_that_is_gone_are_dropped() -> None:
