@@ -69,6 +69,9 @@ def on_cuda(vllm_config: Any) -> None:
     """vLLM's V2 runner, our asynchronous scheduler, pages in the order our kernels read."""
     from vllm.config.compilation import CUDAGraphMode
 
+    from ouro_runtime.engine import gpu_refuse
+
+    gpu_refuse.refuse(vllm_config)
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     vllm_config.scheduler_config.scheduler_cls = CUDA_SCHEDULER
     vllm_config.parallel_config.worker_cls = CUDA_WORKER
