@@ -4,8 +4,8 @@ parser, nothing else.
 vLLM calls it in every process, possibly more than once.
 """
 
-MODEL = "ouro_runtime.engine.cpu_model:OuroStepModel"
-CUDA_MODEL = "ouro_runtime.engine.gpu_model:OuroLaneModel"
+MODEL = "ouro_runtime.engine.cpu.model:OuroStepModel"
+CUDA_MODEL = "ouro_runtime.engine.cuda.model:OuroLaneModel"
 REASONING = "ouro_runtime.engine.reasoning:OuroReasoningParser"
 
 _registered = False
@@ -25,7 +25,8 @@ def register() -> None:
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
     from ouro_runtime.config import OuroConfig
-    from ouro_runtime.engine import config_hook, core_process, kernel_scan, outputs, registry
+    from ouro_runtime.engine import config_hook, core_process, outputs
+    from ouro_runtime.engine.cpu import kernel_scan, registry
 
     _CONFIG_REGISTRY["ouro"] = OuroConfig
     model = CUDA_MODEL if current_platform.is_cuda() else MODEL

@@ -10,12 +10,12 @@ from vllm.platforms import current_platform
 
 from ouro_runtime.config import LoopConfig
 
-SCHEDULER = "ouro_runtime.engine.scheduler.OuroScheduler"
-CPU_WORKER = "ouro_runtime.engine.cpu_worker.OuroCPUWorker"
+SCHEDULER = "ouro_runtime.engine.cpu.scheduler.OuroScheduler"
+CPU_WORKER = "ouro_runtime.engine.cpu.worker.OuroCPUWorker"
 
 
-CUDA_SCHEDULER = "ouro_runtime.engine.gpu_scheduler.OuroAsyncScheduler"
-CUDA_WORKER = "ouro_runtime.engine.gpu_runner.OuroGPUWorker"
+CUDA_SCHEDULER = "ouro_runtime.engine.cuda.scheduler.OuroAsyncScheduler"
+CUDA_WORKER = "ouro_runtime.engine.cuda.runner.OuroGPUWorker"
 CPU_BLOCK_SIZE = 32
 
 
@@ -47,11 +47,11 @@ class OuroConfigHook(VerifyAndUpdateConfig):
         scheduler.scheduler_cls = SCHEDULER
         if current_platform.is_cpu():
             os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-            from ouro_runtime.engine import cpu_executor
+            from ouro_runtime.engine.cpu import executor
 
             parallel.worker_cls = CPU_WORKER
-            cpu_executor.choose(parallel)
-            cpu_executor.install()
+            executor.choose(parallel)
+            executor.install()
             cache = vllm_config.cache_config
             if cache.user_specified_block_size and cache.block_size % CPU_BLOCK_SIZE:
                 raise ValueError(
@@ -69,9 +69,9 @@ def on_cuda(vllm_config: Any) -> None:
     """vLLM's V2 runner, our asynchronous scheduler, pages in the order our kernels read."""
     from vllm.config.compilation import CUDAGraphMode
 
-    from ouro_runtime.engine import gpu_refuse
+    from ouro_runtime.engine.cuda.refuse import refuse as refuse_on_cuda
 
-    gpu_refuse.refuse(vllm_config)
+    refuse_on_cuda(vllm_config)
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     vllm_config.scheduler_config.scheduler_cls = CUDA_SCHEDULER
     vllm_config.parallel_config.worker_cls = CUDA_WORKER

@@ -7,8 +7,8 @@ from unittest import mock
 from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu import model_runner
 
-from ouro_runtime.engine import gpu_pin
-from ouro_runtime.engine.gpu_runner import OuroGPUModelRunner
+from ouro_runtime.engine.cuda import pin as gpu_pin
+from ouro_runtime.engine.cuda.runner import OuroGPUModelRunner
 
 
 class BenchWorker(cpu_worker.CPUWorker):

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from torch._inductor import config as inductor
-from vllm import envs
 from vllm.model_executor.models import registry
 from vllm.triton_utils import dispatcher
 from vllm.v1.engine.utils import CoreEngineProcManager
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from ouro_runtime.engine import cpu_executor, cpu_worker, kernel_scan
-from ouro_runtime.engine.cpu_executor import OuroCPUExecutor
-from ouro_runtime.engine.registry import HereInspected
+from ouro_runtime.engine.cpu import executor as cpu_executor
+from ouro_runtime.engine.cpu import kernel_scan
+from ouro_runtime.engine.cpu import worker as cpu_worker
+from ouro_runtime.engine.cpu.executor import OuroCPUExecutor
+from ouro_runtime.engine.cpu.registry import HereInspected
 
 
 def parallel(**changes: Any) -> SimpleNamespace:
@@ -55,23 +57,29 @@ def test_vllm_takes_the_executor_as_its_own_in_process_one() -> None:
 def test_an_engine_core_that_holds_its_worker_starts_with_the_workers_cores(
     executor: type, bound: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[str | None] = []
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.delenv("OMP_PLACES", raising=False)
-    monkeypatch.setattr(envs, "VLLM_CPU_OMP_THREADS_BIND", "0", raising=False)
+    seen: list[bool] = []
+    inside = False
+
+    class Cores:
+        def __init__(self, config: Any) -> None:
+            assert config == "the configuration"
+
+        @contextmanager
+        def configure_omp_envs(self, rank: int, local_rank: int) -> Iterator[None]:
+            nonlocal inside
+            assert (rank, local_rank) == (0, 0)
+            inside = True
+            yield
+            inside = False
 
     def init(self: Any, vllm_config: Any, executor_class: type) -> None:
-        seen.append(os.environ.get("OMP_PLACES"))
+        seen.append(inside)
 
+    monkeypatch.setattr(cpu_executor, "OMPProcessManager", Cores)
     monkeypatch.setattr(CoreEngineProcManager, "__init__", init)
     cpu_executor.install()
-    layout = SimpleNamespace(
-        local_world_size=1, data_parallel_rank_local=None, _api_process_count=1
-    )
-    config = SimpleNamespace(parallel_config=layout, kv_transfer_config=None)
-    CoreEngineProcManager(vllm_config=config, executor_class=executor)
-    assert seen == (["{0}"] if bound else [None])
-    assert "OMP_PLACES" not in os.environ
+    CoreEngineProcManager(vllm_config="the configuration", executor_class=executor)
+    assert seen == [bound] and not inside
 
 
 def test_a_compiled_function_that_is_finished_needs_no_finishing(

@@ -14,8 +14,9 @@ from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 from vllm.v1.sample.metadata import SamplingMetadata
 
 from ouro_runtime.config import DepthError, ExitParams, LoopConfig
-from ouro_runtime.engine import features, row_state
+from ouro_runtime.engine import features
 from ouro_runtime.engine.config_hook import UnsupportedError
+from ouro_runtime.engine.cpu import row_state
 from ouro_runtime.engine.pin import SeamError
 from tests.engine.cases import CHECKPOINTS
 from tests.engine.compare import assert_same

@@ -10,7 +10,7 @@ import torch
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 
-from ouro_runtime.engine.row_sampler import StepSampler, is_bare_greedy
+from ouro_runtime.engine.cpu.sampler import StepSampler, is_bare_greedy
 
 NONE = torch.empty(0)
 BARE = SamplingMetadata(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ouro_runtime.engine.gpu_buckets import bucket_for, pass_buckets
+from ouro_runtime.engine.cuda.buckets import bucket_for, pass_buckets
 
 
 def test_buckets_are_the_capture_sizes_that_fit_and_the_most_lanes() -> None:

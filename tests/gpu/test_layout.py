@@ -4,7 +4,7 @@ import torch
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from ouro_runtime.engine.gpu_block import kv_views
+from ouro_runtime.engine.cuda.block import kv_views
 
 LAYOUT = "LBHNC"
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from vllm.forward_context import get_forward_context, override_forward_context
 
-from ouro_runtime.engine.gpu_backend import RowView
-from ouro_runtime.engine.gpu_lanes import LaneBuffers
-from ouro_runtime.engine.gpu_model import OuroLaneModel
-from ouro_runtime.engine.gpu_rows import RowPasses
+from ouro_runtime.engine.cuda.backend import RowView
+from ouro_runtime.engine.cuda.lanes import LaneBuffers
+from ouro_runtime.engine.cuda.model import OuroLaneModel
+from ouro_runtime.engine.cuda.rows import RowPasses
 
 T = 4
 

@@ -3,7 +3,7 @@
 import pytest
 
 from ouro_runtime.config import ExitParams
-from ouro_runtime.engine.gpu_scheduler import most_tokens
+from ouro_runtime.engine.cuda.scheduler import most_tokens
 
 
 @pytest.mark.parametrize(

@@ -21,15 +21,16 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 
 from ouro_runtime.config import ExitParams, LoopConfig
-from ouro_runtime.engine import gpu_pin, gpu_refuse
 from ouro_runtime.engine.config_hook import UnsupportedError
-from ouro_runtime.engine.gpu_graphs import PassGraphs
-from ouro_runtime.engine.gpu_lanes import STOPS, LaneParams, StepRecord
-from ouro_runtime.engine.gpu_model import OuroLaneModel
-from ouro_runtime.engine.gpu_output import StepBill
-from ouro_runtime.engine.gpu_requests import LaneRequests
-from ouro_runtime.engine.gpu_runner import OuroGPUModelRunner, OuroGPUWorker
-from ouro_runtime.engine.gpu_state import OuroModelState
+from ouro_runtime.engine.cuda import pin as gpu_pin
+from ouro_runtime.engine.cuda import refuse as gpu_refuse
+from ouro_runtime.engine.cuda.graphs import PassGraphs
+from ouro_runtime.engine.cuda.lanes import STOPS, LaneParams, StepRecord
+from ouro_runtime.engine.cuda.model import OuroLaneModel
+from ouro_runtime.engine.cuda.output import StepBill
+from ouro_runtime.engine.cuda.requests import LaneRequests
+from ouro_runtime.engine.cuda.runner import OuroGPUModelRunner, OuroGPUWorker
+from ouro_runtime.engine.cuda.state import OuroModelState
 from ouro_runtime.engine.pin import SeamError
 from ouro_runtime.engine.step_output import unpack_cdf
 

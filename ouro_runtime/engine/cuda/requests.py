@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ouro_runtime.config import LoopConfig
-from ouro_runtime.engine.gpu_lanes import STOPS, LaneParams
+from ouro_runtime.engine.cuda.lanes import STOPS, LaneParams
 from ouro_runtime.engine.requests import LoopRequest
 from ouro_runtime.loop.lanes import LaneBook, LanePlan
 

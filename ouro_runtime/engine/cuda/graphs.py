@@ -10,7 +10,7 @@ from vllm.distributed.parallel_state import graph_capture
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import current_stream
 
-from ouro_runtime.engine.gpu_buckets import bucket_for
+from ouro_runtime.engine.cuda.buckets import bucket_for
 
 
 class PassGraphs:

@@ -1,6 +1,6 @@
 """The block over lanes, written with the project's kernels: one row per request.
 
-Mixed batches (prompt chunks) go through vLLM's attention instead, see `gpu_rows.py`. Both read the
+Mixed batches (prompt chunks) go through vLLM's attention instead, see `cuda/rows.py`. Both read the
 same modules and the same cache.
 """
 
@@ -21,7 +21,7 @@ from ouro_kernels import (
     rope_kv_write,
     sandwich_norm,
 )
-from ouro_runtime.engine.gpu_lanes import LaneBuffers
+from ouro_runtime.engine.cuda.lanes import LaneBuffers
 
 Project = Callable[[torch.Tensor], torch.Tensor]
 

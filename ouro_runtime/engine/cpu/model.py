@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ouro_runtime.engine.cpu_step import CPUStep
+from ouro_runtime.engine.cpu.step import CPUStep
 from ouro_runtime.model.ouro import OuroForCausalLM
 
 

@@ -18,7 +18,7 @@ import torch
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from ouro_runtime.engine.gpu_lanes import StepRecord
+from ouro_runtime.engine.cuda.lanes import StepRecord
 
 
 @dataclass

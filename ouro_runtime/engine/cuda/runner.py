@@ -19,9 +19,9 @@ from vllm.v1.worker.gpu.async_utils import AsyncOutput
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from ouro_runtime.engine import gpu_pin, gpu_refuse
-from ouro_runtime.engine.gpu_output import LaneOutput
-from ouro_runtime.engine.gpu_state import OuroModelState
+from ouro_runtime.engine.cuda import pin, refuse
+from ouro_runtime.engine.cuda.output import LaneOutput
+from ouro_runtime.engine.cuda.state import OuroModelState
 
 logger = logging.getLogger("vllm.ouro")
 
@@ -32,7 +32,7 @@ class OuroGPUModelRunner(GPUModelRunner):
     model_state: OuroModelState
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
-        gpu_refuse.refuse(vllm_config)
+        refuse.refuse(vllm_config)
         super().__init__(vllm_config, device)
         self._unread: deque[LaneOutput] = deque()
 
@@ -105,5 +105,5 @@ class OuroGPUWorker(Worker):
             )
         if not self.use_v2_model_runner:
             raise RuntimeError("Ouro Serve on CUDA needs vLLM's V2 model runner")
-        gpu_pin.check()
+        pin.check()
         return OuroGPUModelRunner(self.vllm_config, self.device)

@@ -17,7 +17,7 @@ from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.cpp_builder import get_cpp_compiler
 from vllm.v1.worker import cpu_worker
 
-from ouro_runtime.engine.cpu_runner import OuroCPUModelRunner
+from ouro_runtime.engine.cpu.runner import OuroCPUModelRunner
 
 load_compiled = torch.compiler.load_compiled_function
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ouro_runtime.engine.gpu_step import LaneStep
+from ouro_runtime.engine.cuda.step import LaneStep
 from ouro_runtime.model.ouro import OuroForCausalLM
 
 
@@ -22,7 +22,7 @@ class OuroLaneModel(OuroForCausalLM):
     @staticmethod
     def get_model_state_cls() -> type:
         """Asked by vLLM after loading."""
-        from ouro_runtime.engine.gpu_state import OuroModelState
+        from ouro_runtime.engine.cuda.state import OuroModelState
 
         return OuroModelState
 

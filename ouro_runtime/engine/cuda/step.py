@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 
 from ouro_kernels import exit_gate, next_pass
-from ouro_runtime.engine.gpu_backend import LaneBackend, LaneShape, RowView, StepInputs
-from ouro_runtime.engine.gpu_lanes import LaneBuffers, LaneParams, StepRecord
+from ouro_runtime.engine.cuda.backend import LaneBackend, LaneShape, RowView, StepInputs
+from ouro_runtime.engine.cuda.lanes import LaneBuffers, LaneParams, StepRecord
 
 
 def apply_gate(buffers: LaneBuffers, shape: LaneShape, hidden: torch.Tensor, lanes: int) -> None:

@@ -20,8 +20,8 @@ from vllm.v1.outputs import LogprobsTensors
 from ouro_runtime.cache.pages import LoopPages
 from ouro_runtime.cache.standin import StandIns
 from ouro_runtime.config import PARTS, StepReport
+from ouro_runtime.engine.cpu.sampler import StepSampler
 from ouro_runtime.engine.requests import LoopRequest
-from ouro_runtime.engine.row_sampler import StepSampler
 from ouro_runtime.engine.step_output import StepOutput, note_tokens
 from ouro_runtime.loop.executor import StepExecutor, StepResult
 from ouro_runtime.loop.planner import StepPlan
@@ -33,7 +33,7 @@ class CPUStep:
     """A step of requests [R], in the batch's order.
 
     Args:
-        model: the looped model (`cpu_model.py`). requests: what the worker remembers of each.
+        model: the looped model (`cpu/model.py`). requests: what the worker remembers of each.
         sampler: samples between the passes. pages: the step's block tables.
         stand_ins: of all requests. metadata_builder: vLLM's, of the attention backend.
     """

@@ -1,6 +1,6 @@
 """Seam: vLLM's sampler on some rows of the batch, between the passes of a step.
 
-What the rows see of the batch's state is `row_state.py`'s business.
+What the rows see of the batch's state is `cpu/row_state.py`'s business.
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
-from ouro_runtime.engine.row_state import is_idle, rows_of
+from ouro_runtime.engine.cpu.row_state import is_idle, rows_of
 from ouro_runtime.loop.greedy import argmax
 
 

@@ -4,7 +4,7 @@ What is overridden, and why:
 - `_model_forward` runs the step's passes (vLLM runs the model once);
 - `_build_attention_metadata` is skipped, since every pass builds its own;
 - `_sample` hands over the tokens that the passes sampled, and samples the requests that need the
-  host first (grammars), whose logits the model gave between the two (`cpu_model.py`);
+  host first (grammars), whose logits the model gave between the two (`cpu/model.py`);
 - `sample_tokens` adds the step's depths to the output.
 """
 
@@ -22,11 +22,11 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from ouro_runtime.cache.pages import LoopPages
 from ouro_runtime.cache.standin import StandIns
 from ouro_runtime.config import LoopConfig
-from ouro_runtime.engine.cpu_step import CPUStep
+from ouro_runtime.engine.cpu.row_state import drop_ended_budgets
+from ouro_runtime.engine.cpu.sampler import StepSampler
+from ouro_runtime.engine.cpu.step import CPUStep
 from ouro_runtime.engine.pin import check_parameters
 from ouro_runtime.engine.requests import LoopRequest
-from ouro_runtime.engine.row_sampler import StepSampler
-from ouro_runtime.engine.row_state import drop_ended_budgets
 from ouro_runtime.loop.executor import StepExecutor
 from ouro_runtime.loop.planner import StepPlan
 

@@ -11,12 +11,12 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_world_size
 
 from ouro_kernels import CacheTable, standin_fill
-from ouro_runtime.engine.gpu_backend import LaneShape, RowView
-from ouro_runtime.engine.gpu_block import BlockParts, lane_block, parts_of
-from ouro_runtime.engine.gpu_graphs import PassGraphs
-from ouro_runtime.engine.gpu_lanes import LaneBuffers
-from ouro_runtime.engine.gpu_sampler import StepSampling
-from ouro_runtime.engine.gpu_step import apply_gate
+from ouro_runtime.engine.cuda.backend import LaneShape, RowView
+from ouro_runtime.engine.cuda.block import BlockParts, lane_block, parts_of
+from ouro_runtime.engine.cuda.graphs import PassGraphs
+from ouro_runtime.engine.cuda.lanes import LaneBuffers
+from ouro_runtime.engine.cuda.sampler import StepSampling
+from ouro_runtime.engine.cuda.step import apply_gate
 
 logger = logging.getLogger("vllm.ouro")
 

@@ -18,16 +18,16 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from ouro_runtime.config import LoopConfig
-from ouro_runtime.engine.gpu_backend import StepInputs
-from ouro_runtime.engine.gpu_buckets import pass_buckets
-from ouro_runtime.engine.gpu_engine import LaneEngine, make_engine
-from ouro_runtime.engine.gpu_graphs import PassGraphs
-from ouro_runtime.engine.gpu_lanes import LaneBuffers
-from ouro_runtime.engine.gpu_output import StepBill
-from ouro_runtime.engine.gpu_requests import LaneRequests
-from ouro_runtime.engine.gpu_rows import RowPasses
-from ouro_runtime.engine.gpu_sampler import LaneSampler, StepSampling
-from ouro_runtime.engine.gpu_step import LaneStep
+from ouro_runtime.engine.cuda.backend import StepInputs
+from ouro_runtime.engine.cuda.buckets import pass_buckets
+from ouro_runtime.engine.cuda.engine import LaneEngine, make_engine
+from ouro_runtime.engine.cuda.graphs import PassGraphs
+from ouro_runtime.engine.cuda.lanes import LaneBuffers
+from ouro_runtime.engine.cuda.output import StepBill
+from ouro_runtime.engine.cuda.requests import LaneRequests
+from ouro_runtime.engine.cuda.rows import RowPasses
+from ouro_runtime.engine.cuda.sampler import LaneSampler, StepSampling
+from ouro_runtime.engine.cuda.step import LaneStep
 
 logger = logging.getLogger("vllm.ouro")
 

@@ -14,8 +14,8 @@ import torch
 from vllm.forward_context import get_forward_context
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
 
-from ouro_runtime.engine.gpu_backend import RowView
-from ouro_runtime.engine.gpu_lanes import LaneBuffers
+from ouro_runtime.engine.cuda.backend import RowView
+from ouro_runtime.engine.cuda.lanes import LaneBuffers
 
 logger = logging.getLogger("vllm.ouro")
 
