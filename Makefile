@@ -11,7 +11,7 @@ BIN := .venv/bin
 INSTALL = @$(PYTHON) scripts/install.py --build $(BUILD)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev serve test check format bench quality storm train-mini \
+.PHONY: help install install-dev serve test check format bench quality storm kernel-faults train-mini \
 	gpu-test gpu-bench clean
 
 help: ## list the targets
@@ -47,6 +47,9 @@ quality: install-dev ## measure answers against loops on the shipped checkpoint
 
 storm: install-dev ## hostile requests, leaving clients, crowds, a killed engine, a soak; ARGS="--soak MINUTES"
 	$(BIN)/python -m benchmarks.storm $(ARGS)
+
+kernel-faults: install-dev ## check the kernels' tests: each known fault must make them fail
+	$(BIN)/python scripts/check_kernel_faults.py
 
 train-mini: install-dev ## train the shipped checkpoint again, in two legs; ARGS=--resume goes on after a kill
 	$(BIN)/python -m ouro_runtime.training --out runs/first $(ARGS)

@@ -57,6 +57,16 @@ def test_layouts_copies_and_fp8(layout, cache_dtype, device):
     check_against_reference("rope_kv_write", "rope_kv_write", **kwargs)
 
 
+def test_the_first_slot_of_the_first_page_is_written_and_padding_is_not(device):
+    kwargs, _ = _inputs(2, 1, 1, 16, torch.float32, device)
+    kwargs["positions"][:] = 0
+    kwargs["slot_mapping"][:] = torch.tensor([0, -1])
+    rope_kv_write(**kwargs)
+    for name in ("k_cache", "v_cache"):
+        written = ~kwargs[name].isnan().all(-1)[..., 0]
+        assert written.nonzero().tolist() == [[0, 0]], name
+
+
 def test_copies_reach_exactly_the_deeper_loops(device):
     kwargs, _ = _inputs(1, 1, 1, 16, torch.float32, device)
     block, offset = 2, 3

@@ -46,6 +46,13 @@ class TestEveryForm:
         check_against_reference("sandwich_norm", "loop_norm", residual=residual, eps=EPS, **kwargs)
 
 
+def test_eps_keeps_small_rows_small_and_rows_of_zeros_zero(device):
+    x = torch.randn(3, 64, device=device) * torch.tensor([[1e-4], [1e-3], [0.0]], device=device)
+    weight = _weight(64, torch.float32, device)
+    check_against_reference("sandwich_norm", "rms_norm", x=x, weight=weight, eps=EPS)
+    assert torch.equal(rms_norm(x, weight, EPS)[2], torch.zeros(64, device=device))
+
+
 def test_output_may_be_the_input(device):
     x = _rows(5, 111, torch.float32, device)
     weight = _weight(111, torch.float32, device)

@@ -1,0 +1,80 @@
+"""Faults of a character or a word, each of which the kernels' tests must catch.
+
+A check of the tests: `make kernel-faults` puts each one into a copy of the kernels and expects the
+tests of that kernel to fail. `tests/project/test_kernel_faults.py` keeps the list true.
+"""
+
+FAULTS: dict[str, list[tuple[str, str]]] = {
+    "exit_gate": [
+        ("(1.0 - left >= limit)", "(1.0 - left > limit)"),
+        ("(limit < 1.0)", "(limit <= 1.0)"),
+        ("(n >= tl.load(min_loops + row))", "(n > tl.load(min_loops + row))"),
+        ("(n >= tl.load(max_loops + row))", "(n > tl.load(max_loops + row))"),
+        ("last = n >= total_loops", "last = n > total_loops"),
+        ("tl.load(survival + row) * (1.0 - gate)", "tl.load(survival + row) * gate"),
+        ("reads = fires & (seen == 0)", "reads = fires"),
+        ("row * history_stride + done, left", "row * history_stride + n, left"),
+        ("tl.load(active + row) == 0", "tl.load(active + row) == 1"),
+    ],
+    "next_pass": [
+        ("position += 1", "position += 2"),
+        ("tl.store(survival + row, 1.0)", "tl.store(survival + row, 0.0)"),
+        ("position >= tl.load(position_limit", "position > tl.load(position_limit"),
+        ("length = (position + 1)", "length = (position + 0)"),
+        ("copies = total_loops - 1 - t", "copies = total_loops - t"),
+        ("slot = position * 0 - 1", "slot = position * 0"),
+        ("mask = entry <= last", "mask = entry < last"),
+        ("tl.load(tokens + row).to(tl.int64) * embedding_stride", "row * embedding_stride"),
+    ],
+    "rope_kv_write": [
+        ("if slot < 0:", "if slot <= 0:"),
+        ("if slot < 0:", "if slot < -1:"),
+        (
+            "(low * cos - high * sin).to(dtype), mask=mask)",
+            "(low * cos + high * sin).to(dtype), mask=mask)",
+        ),
+        ("for _ in range(copies + 1):", "for _ in range(copies):"),
+        ("v_to += v_stride_page", "v_to += k_stride_offset"),
+        ("-448.0), 448.0)", "-448.0), 1e9)"),
+        ("(head[:, None] < KV_HEADS)", "(head[:, None] < KV_HEADS - 1)"),
+        ("page = slot // block_size", "page = (slot + 1) // block_size"),
+    ],
+    "sandwich_norm": [
+        ("tl.sum(x * x, axis=0) / size + eps", "tl.sum(x * x, axis=0) / size"),
+        (
+            "r = (r + _norm(x, post, size, eps, dtype)).to(dtype)\n",
+            "r = (r - _norm(x, post, size, eps, dtype)).to(dtype)\n",
+        ),
+        ("h = _norm(r, final, size, eps, dtype)", "h = _norm(r, post, size, eps, dtype)"),
+        ("((x * scale).to(dtype).to(tl.float32) * weight)", "((x * scale) * weight)"),
+    ],
+    "standin_fill": [
+        ("if (slot < 0) | (leaves == 0):", "if (slot <= 0) | (leaves == 0):"),
+        ("if (slot < 0) | (leaves == 0):", "if slot < 0:"),
+        (
+            "copies = total_loops - 1 - tl.load(loop + row)",
+            "copies = total_loops - tl.load(loop + row)",
+        ),
+        ("if copies <= 0:", "if copies <= 1:"),
+        ("mask = (head < HEADS) & (col < D)", "mask = (head < HEADS) & (col < D - 1)"),
+        ("layer = tl.program_id(1)", "layer = tl.program_id(0)"),
+    ],
+    "loop_decode_attention": [
+        ("return block * total_loops + loop,", "return block * total_loops,"),
+        (
+            'tl.where(valid, tl.sum(k * query, axis=1), -float("inf"))',
+            "tl.where(valid, tl.sum(k * query, axis=1), 0.0)",
+        ),
+        ("tl.store(log_sums + at, best + tl.log2(mass))", "tl.store(log_sums + at, best)"),
+        (
+            "tl.store(log_sums + at, top + tl.log2(total), mask=member < GROUP)",
+            "tl.store(log_sums + at, top, mask=member < GROUP)",
+        ),
+        ("head = kv_head * GROUP + member", "head = kv_head + member"),
+        (
+            'score = tl.where(valid[None, :], score, -float("inf"))',
+            "score = tl.where(valid[None, :], score, 0.0)",
+        ),
+    ],
+}
+"""Kernel -> (what its `triton.py` says, what it must not)."""
