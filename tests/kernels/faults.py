@@ -35,7 +35,7 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
         ),
         ("for _ in range(copies + 1):", "for _ in range(copies):"),
         ("v_to += v_stride_page", "v_to += k_stride_offset"),
-        ("-448.0), 448.0)", "-448.0), 1e9)"),
+        ("x.to(tl.float32) / tl.load(scale)", "x.to(tl.float32) * tl.load(scale)"),
         ("(head[:, None] < KV_HEADS)", "(head[:, None] < KV_HEADS - 1)"),
         ("page = slot // block_size", "page = (slot + 1) // block_size"),
     ],
