@@ -103,12 +103,10 @@ class ExitParams:
     exit_mode: str
     forced_depths: tuple[int, ...] = ()
 
-    def limits(self, index: int) -> tuple[int, int]:
-        """(min, max) depth of generated token number `index`."""
-        if self.forced_depths:
-            depth = self.forced_depths[index % len(self.forced_depths)]
-            return depth, depth
-        return self.min_loops, self.max_loops
+    @property
+    def gate_threshold(self) -> float:
+        """What the gate's CDF is held against; 1, which turns it off, where depths are forced."""
+        return 1.0 if self.forced_depths else self.exit_threshold
 
     @classmethod
     def parse(cls, given: Mapping[str, Any] | None, defaults: ExitParams, loops: int) -> ExitParams:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ouro_runtime.config import ExitParams, LoopConfig
+from ouro_runtime.loop.limits import last_readout
 from ouro_runtime.loop.rows import Carried, Work
 
 
@@ -59,8 +60,8 @@ class LoopRequest:
             count=count,
             known=known,
             prompt=self.prompt,
-            last=min(self.prompt - 2 + self.max_tokens, max_model_len - 2),
-            threshold=1.0 if params.forced_depths else params.exit_threshold,
+            last=last_readout(self.prompt, self.max_tokens, max_model_len),
+            threshold=params.gate_threshold,
             min_loops=params.min_loops,
             max_loops=params.max_loops,
             forced=self._forced,

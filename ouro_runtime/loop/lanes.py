@@ -68,7 +68,7 @@ class LaneBook:
         """
         forced = params.forced_depths
         self.low[slot], self.high[slot] = params.min_loops, params.max_loops
-        self.threshold[slot] = 1.0 if forced else params.exit_threshold
+        self.threshold[slot] = params.gate_threshold
         self.exact[slot] = params.exit_mode == "exact"
         self.single[slot] = single
         self._phases[slot] = 1

@@ -17,6 +17,7 @@ from dataclasses import replace
 import numpy as np
 
 from ouro_runtime.exit.cdf import exit_cdf
+from ouro_runtime.loop.limits import replayed
 from ouro_runtime.loop.rows import (
     HEAD,
     NOBODY,
@@ -98,8 +99,8 @@ class StepPlan:
         """Positions of generated tokens that are computed again stop where they left before."""
         if w.exact or w.start + w.count <= w.prompt or w.start >= w.known - 1:
             return
-        for position in range(max(w.start, w.prompt), min(w.start + w.count, w.known - 1)):
-            rows.stop[first + position - w.start] = w.depths[position - w.prompt + 1]
+        offset, depths = replayed(w.depths, w.prompt, w.start, w.start + w.count, w.known)
+        rows.stop[first + offset : first + offset + len(depths)] = depths
 
     def _limits(self, work: list[Work]) -> tuple[np.ndarray, np.ndarray]:
         """(least, most) loops, both [R, T + 1] int64, of the tokens that a step may read out."""

@@ -9,6 +9,13 @@ from ouro_runtime.config import ExitParams
 from ouro_runtime.loop.lanes import LaneBook
 
 
+def limits(params: ExitParams, token: int) -> tuple[int, int]:
+    """Least and most loops of a request's token, as the words of `ExitParams` say."""
+    if params.forced_depths:
+        return (params.forced_depths[token % len(params.forced_depths)],) * 2
+    return params.min_loops, params.max_loops
+
+
 class Lane:
     """One request as the device runs it: leaves at random within its limits."""
 
@@ -29,7 +36,7 @@ class Lane:
             if idle:
                 continue
             self.loop += 1
-            low, high = self.params.limits(self.token)
+            low, high = limits(self.params, self.token)
             gated = self.params.exit_threshold < 1 and not self.params.forced_depths
             fires = self.loop >= high or (gated and self.loop >= low and self.rng.random() < 0.4)
             fires = head and (fires or self.loop == self.loops)
@@ -73,13 +80,13 @@ def test_candidates_hold_every_read_out_and_nothing_else_where_depths_are_known(
         assert len(plan.candidates) == loops
         for index, slot in enumerate(slots):
             lane = lanes[slot]
-            limits = [lane.params.limits(lane.token)]
+            bounds = [limits(lane.params, lane.token)]
             reads = lane.step(bool(decoding[index]), True)
             said = [step for step in range(loops) if index in plan.candidates[step]]
             assert set(reads) <= set(said), (lane.params, reads, said)
             if lane.params.exit_threshold >= 1 or lane.params.forced_depths:
                 assert reads == said, (lane.params, reads, said)
-            assert (plan.low[0, index], plan.high[0, index]) == limits[0]
+            assert (plan.low[0, index], plan.high[0, index]) == bounds[0]
             if lane.loop:
                 assert plan.carries
         first = False

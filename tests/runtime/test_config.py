@@ -43,9 +43,10 @@ def test_one_loop_limit_moves_the_default_of_the_other() -> None:
         parse(min_loops=3, max_loops=2)
 
 
-def test_forced_depths_repeat() -> None:
-    params = parse(forced_depths=[3, 1])
-    assert [params.limits(i) for i in range(3)] == [(3, 3), (1, 1), (3, 3)]
+def test_forced_depths_turn_the_gate_off() -> None:
+    params = parse(forced_depths=[3, 1], exit_threshold=0.2)
+    assert params.forced_depths == (3, 1) and params.gate_threshold == 1.0
+    assert parse(exit_threshold=0.2).gate_threshold == 0.2
 
 
 @pytest.mark.parametrize("steps", [0, -1, None, "4", 2.0, True])

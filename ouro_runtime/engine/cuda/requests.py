@@ -11,6 +11,7 @@ from ouro_runtime.config import LoopConfig
 from ouro_runtime.engine.cuda.lanes import STOPS, LaneParams
 from ouro_runtime.engine.requests import LoopRequest
 from ouro_runtime.loop.lanes import LaneBook, LanePlan
+from ouro_runtime.loop.limits import last_readout, replayed
 
 EVERYWHERE = 1 << 30
 """A position limit that stops nobody: a prompt's own positions are always run."""
@@ -42,7 +43,7 @@ class LaneRequests:
         preemption."""
         request = LoopRequest.of(sampling, prompt, self.config)
         self.book.add(slot, request.params, known - prompt, request.single)
-        self.limit[slot] = min(prompt - 1 + request.max_tokens, self.longest - 1)
+        self.limit[slot] = last_readout(prompt, request.max_tokens, self.longest) + 1
         self.prompt[slot] = prompt
         watched = sorted(request.stops)[:STOPS]
         self.stops[slot] = -1
@@ -122,12 +123,12 @@ class LaneRequests:
         again = ~decoding & ~self.book.exact[slots] & (known > self.prompt[slots])
         for lane in np.nonzero(again)[0].tolist():
             prompt, begin = int(self.prompt[slots[lane]]), int(start[lane])
+            end = begin + int(count[lane])
             depths = self._depths[req_ids[lane]]
-            end = min(begin + int(count[lane]), int(known[lane]) - 1)
-            for position in range(max(begin, prompt), end):
-                token = position - prompt + 1
-                if token < len(depths) and depths[token] < loops:
-                    if stops is None:
-                        stops = np.full(int(count.sum()), loops, np.int32)
-                    stops[first[lane] + position - begin] = depths[token]
+            offset, before = replayed(depths, prompt, begin, end, int(known[lane]))
+            if before and min(before) < loops:
+                if stops is None:
+                    stops = np.full(int(count.sum()), loops, np.int32)
+                place = first[lane] + offset
+                stops[place : place + len(before)] = before
         return stops

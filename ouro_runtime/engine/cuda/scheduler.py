@@ -21,6 +21,7 @@ from ouro_runtime.engine.pin import check_parameters
 from ouro_runtime.engine.requests import LoopRequest
 from ouro_runtime.engine.scheduler_common import LoopSchedulerMixin
 from ouro_runtime.engine.step_output import StepOutput
+from ouro_runtime.loop.limits import last_readout
 
 check_parameters(AsyncScheduler._update_after_schedule, "scheduler_output")
 check_parameters(AsyncScheduler._update_request_with_output, "request", "new_token_ids", "is_stale")
@@ -81,8 +82,9 @@ class OuroAsyncScheduler(LoopSchedulerMixin, AsyncScheduler):
 
     def _expect(self, request: Request, known: int) -> None:
         """Count what the steps in flight can bring a request of `known` tokens."""
-        longest = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
-        most = min(sum(self._flight[request.request_id]), max(0, longest - known))
+        # At `last` its last token is read out, which then is the token at `last + 1`.
+        last = last_readout(request.num_prompt_tokens, request.max_tokens, self.max_model_len)
+        most = min(sum(self._flight[request.request_id]), max(0, last + 2 - known))
         request.num_output_placeholders = most
         request.num_computed_tokens = known - 1 + most
 

@@ -1,0 +1,34 @@
+"""How far a request goes, and where its positions stopped before: one rule for both engines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def last_readout(prompt: int, max_tokens: int, longest: int) -> int:
+    """The last position of a request that may be read out.
+
+    A token is read out at the position before its own, and the last of `longest` positions (the
+    model's length) is never computed.
+
+    Args:
+        prompt: tokens of the prompt. max_tokens: most tokens it may generate.
+    """
+    return min(prompt + max_tokens, longest) - 2
+
+
+def replayed(
+    depths: Sequence[int], prompt: int, start: int, end: int, known: int
+) -> tuple[int, Sequence[int]]:
+    """Positions of generated tokens that a request computes again after a preemption, among
+    `start .. end - 1`; they stop at the depth at which they left the first time.
+
+    Args:
+        depths: of each token read out so far; token i was read out at position `prompt + i - 1`.
+        prompt: tokens of the prompt. known: tokens known; position `known - 1` is the head's.
+
+    Returns:
+        The first such position's distance from `start`, and the depth of each, in order.
+    """
+    first, behind = max(start, prompt), min(end, known - 1)
+    return first - start, depths[first - prompt + 1 : max(first, behind) - prompt + 1]
