@@ -181,62 +181,83 @@ class StepPlan:
                 it ends at its last position whatever this says.
         """
         self.passes_left -= 1
-        rows, loops = self.rows, self.loops
-        over = np.nonzero(rows.loop >= rows.stop)[0]  # never a head
+        over = np.nonzero(self.rows.loop >= self.rows.stop)[0]  # never a head
         if not len(out) and not len(over):
             self._segments = replace(self.segments(), loop=self.segments().loop + 1)
             return STAY
         self._segments = None
-        pos = rows.pos[out.rows]
+        pos = self.rows.pos[out.rows]
         finished = finished | (pos >= self._last[out.req])
-        early = out.depth < loops
-        stays = early & (out.tail | (out.exact & ~finished))
-        if self.passes_left:
-            starts = ~(finished | out.deferred)
-        else:
-            starts = np.zeros(len(out), bool)
-
-        owing = np.nonzero(early & ~(stays | finished))[0]
-        left = Left(out.req[owing], pos[owing], out.depth[owing])
-        done = out.rows[~stays]
-        if len(over):
-            replayed = over[rows.loop[over] < loops]
-            left = Left(
-                np.concatenate([left.req, rows.req[replayed]]),
-                np.concatenate([left.pos, rows.pos[replayed]]),
-                np.concatenate([left.depth, rows.loop[replayed]]),
-            )
-            done = np.concatenate([done, over])
+        stays, starts = self._fates(out, finished)
+        left, done = self._leave(out, pos, over, stays, finished)
 
         reuse = np.nonzero(starts & ~stays)[0]
         append = np.nonzero(starts & stays)[0]
-        gone = np.zeros(len(rows), bool)
-        gone[done] = True
         reuse_rows = out.rows[reuse]
+        self.rows.stop[out.rows] = self.loops  # read out: heads no more
+        if len(reuse):
+            self._begin(reuse_rows, out.req[reuse], pos[reuse] + 1)
+        keep = self._kept(done, reuse_rows, out.req[finished & out.exact & ~out.tail])
+        if keep is not None:
+            self.rows = self.rows.take(keep)
         if len(append):
             born = self._new_rows(out.req[append], pos[append] + 1)
             born.stop[:] = HEAD
-        rows.stop[out.rows] = loops
-        if len(reuse):
-            gone[reuse_rows] = False
-            rows.pos[reuse_rows] += 1
-            rows.loop[reuse_rows] = 0
-            rows.stop[reuse_rows] = HEAD
-            rows.survival[reuse_rows] = 1.0
-            req = out.req[reuse]
-            ahead = pos[reuse] + 2 - self._known[req]
-            rows.low[reuse_rows] = self._low[req, ahead]
-            rows.high[reuse_rows] = self._high[req, ahead]
-        ends = out.req[finished & out.exact & ~out.tail]
-        if len(ends):
-            gone |= np.isin(rows.req, ends) & (rows.pos >= self._prompt[rows.req])
-        keep = None
-        if gone.any():
-            keep = np.nonzero(~gone)[0]
-            self.rows = rows.take(keep)
-        if len(append):
             self.rows = self.rows.append(born)
         return Move(left, reuse, reuse_rows, append, keep, done)
+
+    def _fates(self, out: Readout, finished: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of the rows read out, [M] bool each: those that stay to run their deeper loops, and those
+        whose token's position starts in the next pass."""
+        stays = (out.depth < self.loops) & (out.tail | (out.exact & ~finished))
+        if self.passes_left:
+            return stays, ~(finished | out.deferred)
+        return stays, np.zeros(len(out), bool)
+
+    def _leave(
+        self,
+        out: Readout,
+        pos: np.ndarray,
+        over: np.ndarray,
+        stays: np.ndarray,
+        finished: np.ndarray,
+    ) -> tuple[Left, np.ndarray]:
+        """Positions whose loops are over before T, and the rows [D] that are done.
+
+        Args:
+            pos: [M], of the rows read out. over: rows that have run all they had to.
+            stays: [M] bool, the row goes on. finished: [M] bool, nobody reads the position again.
+        """
+        owing = np.nonzero((out.depth < self.loops) & ~(stays | finished))[0]
+        left = Left(out.req[owing], pos[owing], out.depth[owing])
+        done = out.rows[~stays]
+        if not len(over):
+            return left, done
+        rows = self.rows
+        replayed = over[rows.loop[over] < self.loops]
+        left = Left(
+            np.concatenate([left.req, rows.req[replayed]]),
+            np.concatenate([left.pos, rows.pos[replayed]]),
+            np.concatenate([left.depth, rows.loop[replayed]]),
+        )
+        return left, np.concatenate([done, over])
+
+    def _begin(self, at: np.ndarray, req: np.ndarray, pos: np.ndarray) -> None:
+        """Let rows `at` [B] be the heads of positions `pos` [B] of requests `req` [B]."""
+        rows, ahead = self.rows, pos + 1 - self._known[req]
+        rows.pos[at], rows.loop[at], rows.stop[at], rows.survival[at] = pos, 0, HEAD, 1.0
+        rows.low[at], rows.high[at] = self._low[req, ahead], self._high[req, ahead]
+
+    def _kept(self, done: np.ndarray, reused: np.ndarray, ended: np.ndarray) -> np.ndarray | None:
+        """The rows that stay: not those done, unless reused, nor what generated positions of the
+        requests `ended` still have in flight. None if all do."""
+        rows = self.rows
+        gone = np.zeros(len(rows), bool)
+        gone[done] = True
+        gone[reused] = False
+        if len(ended):
+            gone |= np.isin(rows.req, ended) & (rows.pos >= self._prompt[rows.req])
+        return np.nonzero(~gone)[0] if gone.any() else None
 
     def _new_rows(self, req: np.ndarray, pos: np.ndarray, loop: np.ndarray | None = None) -> Rows:
         """Rows [M], no heads, that may run every loop, their survival not known yet."""
