@@ -15,6 +15,8 @@ THINK_TOKENS = {"<think>": 3, "</think>": 4}
 FULL_REQUESTS = 8
 """Requests of full length the default K/V pool has room for."""
 
+BESIDE = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
 ANY_LOOPS = 10**6
 """Stands for T while the checkpoint is not known."""
 
@@ -45,6 +47,8 @@ def read_config(model: str) -> dict[str, Any] | None:
         config = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
         raise RefusedError(f"{model}: no config.json in this folder") from None
+    except OSError as error:
+        raise RefusedError(f"{model}: config.json cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise RefusedError(f"{model}: config.json is not JSON ({error})") from None
     if not isinstance(config, dict) or config.get("model_type") != "ouro":
@@ -75,7 +79,8 @@ def check_depth_defaults(config: dict[str, Any] | None, depth: dict[str, Any]) -
 
 
 def check_files(model: str) -> None:
-    """Compare a local checkpoint's tensors with its config, from headers only.
+    """Compare a local checkpoint's tensors with its config, from headers only, and look into the
+    files of its tokenizer.
 
     Raises:
         RefusedError: naming what is wrong.
@@ -84,6 +89,33 @@ def check_files(model: str) -> None:
         check_checkpoint(model)
     except CheckpointError as error:
         raise RefusedError(str(error)) from None
+    for name in BESIDE:
+        try:
+            json.loads((Path(model) / name).read_text())
+        except FileNotFoundError:
+            continue  # a tokenizer has other forms too
+        except OSError as error:
+            raise RefusedError(f"{model}: {name} cannot be read ({error.strerror})") from None
+        except ValueError as error:
+            raise RefusedError(f"{model}: {name} is not JSON ({error})") from None
+
+
+def check_memory(model: str, pool: int, available: int) -> None:
+    """Refuse a local checkpoint whose weights and K/V pool do not fit into memory.
+
+    Args:
+        pool, available: bytes.
+
+    Raises:
+        RefusedError: saying how much there is of each.
+    """
+    weights = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
+    if weights + pool > available:
+        raise RefusedError(
+            f"{model} does not fit into memory: weights {weights / _GIB:.1f} GiB, K/V "
+            f"{pool / _GIB:.1f} GiB (--kv-cache-memory-bytes sets another size), "
+            f"free {available / _GIB:.1f} GiB"
+        )
 
 
 def separates_reasoning(model: str) -> bool:

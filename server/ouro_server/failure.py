@@ -2,14 +2,17 @@
 
 import errno
 import re
+import socket
 from argparse import Namespace
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from ouro_runtime.engine.core_process import noted, reason
+from ouro_runtime.engine.core_process import noted
+from ouro_server.cli import plain
 
 _CORE = re.compile(r"Failed core proc\(s\): \{[^}]*: (-?\d+)\}")
+_WORKER = re.compile(r"Worker failed with error ['\"](.*)['\"], please check the stack trace.*")
 _NO_MEMORY = "can't allocate memory"
 _NO_COMPILER = "No working C++ compiler found"
 KILLED = -9
@@ -27,11 +30,13 @@ def why(error: Exception, args: Namespace, folder: Path) -> str:
         return f"port {args.port} of {args.host} may not be used; choose one above 1023 with --port"
     if isinstance(error, OSError) and error.errno == errno.EADDRNOTAVAIL:
         return f"{args.host} is no address of this machine; choose another with --host"
+    if isinstance(error, socket.gaierror):
+        return f"{args.host}: no such host; choose another with --host"
     if isinstance(error, ValidationError):
         # Without pydantic's account of where in vLLM's configuration it is.
         return "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
     told = noted(folder)
-    text = told or reason(error)
+    text = _WORKER.sub(r"\1", told or plain(error))
     core = None if told else _CORE.search(text)
     if core:
         text = died(int(core[1]))

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
@@ -97,9 +98,12 @@ def complete(
     if args.dtype == "auto" and config is not None and checkpoint.stored_dtype(config) == "float32":
         # vLLM would round to bfloat16, and near a threshold a depth with it.
         args.dtype = "float32"
-    pool_chosen = KV_SPACE in os.environ or args.kv_cache_memory_bytes is not None
-    if config is not None and current_platform.is_cpu() and not pool_chosen:
-        available = psutil.virtual_memory().available
+    if config is None or not current_platform.is_cpu():
+        return
+    available = psutil.virtual_memory().available
+    chosen = args.kv_cache_memory_bytes
+    checkpoint.check_memory(args.model, chosen or 0, available)
+    if KV_SPACE not in os.environ and chosen is None:
         size = checkpoint.kv_pool_bytes(config, available, _length(args))
         args.kv_cache_memory_bytes = size
         if args.max_model_len is None and size < checkpoint.full_request_bytes(config):
@@ -108,6 +112,21 @@ def complete(
             f"K/V pool: {size / 2**20:,.0f} MiB, room for {checkpoint.FULL_REQUESTS} requests of "
             f"full length or a quarter of free memory ({KV_SPACE}, in GiB, sets another)"
         )
+
+
+def check_paths(args: argparse.Namespace) -> None:
+    """Refuse files that vLLM would miss only when the engine is up.
+
+    Raises:
+        RefusedError: naming the option.
+    """
+    for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
+        file = getattr(args, name)
+        if file and not os.access(file, os.R_OK):
+            option = "--" + name.replace("_", "-")
+            raise checkpoint.RefusedError(f"{option}: {file} is no file that can be read")
+    if args.uds and not Path(args.uds).absolute().parent.is_dir():
+        raise checkpoint.RefusedError(f"--uds: {args.uds} is in no folder that exists")
 
 
 def check_steering(args: argparse.Namespace, book: PresetBook) -> None:

@@ -5,6 +5,8 @@ from argparse import Namespace
 
 from starlette.datastructures import State
 
+from ouro_server.run_folder import now_serves
+
 _POLL_SECONDS = 0.05
 
 
@@ -37,4 +39,5 @@ async def announce_when_ready(state: State, args: Namespace) -> None:
     """Print the line once the HTTP server accepts connections."""
     while not getattr(getattr(state, "server", None), "started", False):
         await asyncio.sleep(_POLL_SECONDS)
+    now_serves()
     print(ready_line(state, args), flush=True)

@@ -13,7 +13,12 @@ from pathlib import Path
 
 import psutil
 
+FOLDER = "OURO_RUN_FOLDER"
 _PREFIX = "ouro-serve-"
+_SERVES = "serves"
+_NAMES = len("/ouro-serve-4194304-12345678/") + len("/12345678-1234-1234-1234-123456789012")
+_SOCKET_PATH = 107
+"""Bytes that the path of a Unix socket may have."""
 
 
 @contextmanager
@@ -21,9 +26,11 @@ def run_folder() -> Iterator[Path]:
     """The folder, named to this process and those it starts, by `OURO_RUN_FOLDER` and vLLM's own
     variable for sockets (a user's choice of which stands)."""
     base = Path(tempfile.gettempdir())
+    if len(os.fsencode(base)) + _NAMES > _SOCKET_PATH:
+        base = Path("/tmp")
     sweep(base)
     folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base))
-    added = {"OURO_RUN_FOLDER": str(folder)}
+    added = {FOLDER: str(folder)}
     if "VLLM_RPC_BASE_PATH" not in os.environ:
         added["VLLM_RPC_BASE_PATH"] = str(folder)
     os.environ.update(added)
@@ -33,6 +40,18 @@ def run_folder() -> Iterator[Path]:
         for name in added:
             os.environ.pop(name, None)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def now_serves() -> None:
+    """Note, in the folder, that requests are taken from now on."""
+    folder = os.environ.get(FOLDER)
+    if folder is not None:
+        Path(folder, _SERVES).touch()
+
+
+def serves(folder: Path) -> bool:
+    """Whether the server of this folder has taken requests."""
+    return (folder / _SERVES).exists()
 
 
 def sweep(base: Path) -> None:

@@ -1,6 +1,7 @@
 """All that the server takes from vLLM: the one file of this package that imports it."""
 
 from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.entrypoints.launchers.api_server import entry as api_server
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.openai.chat_completion.api_router import (
     create_chat_completion as chat_route,
@@ -63,6 +64,7 @@ __all__ = [
     "UsageInfo",
     "VLLMError",
     "VLLMValidationError",
+    "api_server",
     "chat_route",
     "cli_env_setup",
     "completion_route",

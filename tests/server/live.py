@@ -78,13 +78,17 @@ def start(*options: str) -> Iterator[Live]:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
+        log, scratch = Path(folder) / "log", Path(folder) / "tmp"
+        scratch.mkdir()
         command = [sys.executable, "-m", "ouro_server", "--port", str(port), "--api-key", KEY]
         command += ["--enforce-eager", "--max-num-seqs", "16", "--kv-cache-memory-bytes", "128M"]
         command += ["--allowed-origins", f'["{ORIGIN}"]', *options]
         with log.open("w") as sink:
             process = subprocess.Popen(
-                command, stdout=sink, stderr=subprocess.STDOUT, env=environment()
+                command,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                env=environment() | {"TMPDIR": str(scratch)},
             )
         try:
             deadline = time.monotonic() + START_SECONDS
@@ -98,6 +102,7 @@ def start(*options: str) -> Iterator[Live]:
             client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
             with http, client:
                 yield Live(url, "ouro-mini", log, client, http)
+            served = process.poll() is None
         finally:
             process.send_signal(signal.SIGTERM)
             try:
@@ -105,3 +110,12 @@ def start(*options: str) -> Iterator[Live]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        if served:
+            assert process.returncode == 0, log.read_text()[-5000:]
+            assert left_behind(scratch) == []
+
+
+def left_behind(folder: Path) -> list[str]:
+    """What a server has left in its folder for temporary files, but for what torch compiled and
+    uses again."""
+    return [str(p) for p in folder.iterdir() if not p.name.startswith("torchinductor_")]
