@@ -6,9 +6,11 @@ used from Python, nothing changes; with vLLM's log at DEBUG the traceback stays.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ check_parameters(vllms, "dp_rank", "local_dp_rank")
 def run_engine_core(*args: Any, **kwargs: Any) -> None:
     """vLLM's engine core, in a process of its own."""
     folder = os.environ.get(FOLDER)
+    if folder is not None:
+        end_with_parent()
     if folder is None or os.environ.get("VLLM_LOGGING_LEVEL", "").upper() == "DEBUG":
         vllms(*args, **kwargs)
         return
@@ -41,6 +45,13 @@ def run_engine_core(*args: Any, **kwargs: Any) -> None:
     except Exception as error:
         note(Path(folder), error)
         sys.exit(1)
+
+
+def end_with_parent() -> None:
+    """Let the kernel end this process when the one that started it is gone, however it went: vLLM's
+    engine core would wait for requests for ever, with the model in memory."""
+    set_death_signal = 1  # PR_SET_PDEATHSIG, see prctl(2)
+    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
 def _is_no_failed_start(record: logging.LogRecord) -> bool:

@@ -86,6 +86,21 @@ def test_only_the_first_signal_ends_a_start() -> None:
     assert stopping.api_server.signal is signal
 
 
+def test_an_engine_core_does_not_outlive_a_server_that_is_killed() -> None:
+    core = "from ouro_runtime.engine.core_process import end_with_parent as end; end()"
+    core += "; print(flush=True); import time; time.sleep(60)"
+    code = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {core!r}])"
+    code += "; print(p.pid, flush=True); p.wait()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        engine = psutil.Process(int(server.stdout.readline()))
+        assert server.stdout.readline() == "\n"
+        server.kill()
+        assert psutil.wait_procs([engine], timeout=10)[1] == []
+
+
 def test_what_the_system_refuses_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
