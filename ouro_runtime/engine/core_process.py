@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import multiprocessing
 import os
 import signal
 import sys
@@ -17,14 +16,14 @@ from typing import Any
 
 from ouro_runtime.lean import lean
 
-if multiprocessing.parent_process() is not None:
+FOLDER = "OURO_RUN_FOLDER"
+if FOLDER in os.environ:
     lean()  # an engine core imports this file before anything of vLLM's
 
 from vllm.v1.engine.core import EngineCoreProc
 
 from ouro_runtime.engine.pin import check_parameters
 
-FOLDER = "OURO_RUN_FOLDER"
 _FILE = "failure"
 
 vllms = EngineCoreProc.run_engine_core
