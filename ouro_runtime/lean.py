@@ -4,6 +4,9 @@ import gc
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
 
+FOLDER = "OURO_RUN_FOLDER"
+"""In the environment of the processes of a server: the folder of its start."""
+
 
 def lean() -> None:
     """Look for garbage less often, and hide Triton from vLLM's CPU build.

@@ -14,9 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ouro_runtime.lean import lean
+from ouro_runtime.lean import FOLDER, lean
 
-FOLDER = "OURO_RUN_FOLDER"
 if FOLDER in os.environ:
     lean()  # an engine core imports this file before anything of vLLM's
 

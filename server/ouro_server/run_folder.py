@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 
-FOLDER = "OURO_RUN_FOLDER"
+from ouro_runtime.lean import FOLDER
+
 _PREFIX = "ouro-serve-"
 _SERVES = "serves"
 _NAMES = len("/ouro-serve-4194304-12345678/") + len("/12345678-1234-1234-1234-123456789012")
