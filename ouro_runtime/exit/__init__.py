@@ -1,1 +1,1 @@
-"""When a token has looped enough: gate arithmetic and exit policies, pure functions on arrays."""
+"""When a token has looped enough: gate arithmetic and the exit rule, pure functions on arrays."""
