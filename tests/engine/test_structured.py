@@ -15,17 +15,9 @@ from tests.engine.cases import CHECKPOINTS
 from tests.engine.checkpoints import with_byte_tokenizer
 from tests.engine.compare import assert_same
 from tests.engine.harness import assert_idle, engine, generate, generate_one, greedy
+from tests.engine.mixes import SCHEMA
 
 PROMPTS = [list(text.encode()) for text in ("a", "where?", "one, two, three", "x" * 40 + "y")]
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "n": {"type": "integer", "minimum": 0, "maximum": 99},
-        "ok": {"type": "boolean"},
-    },
-    "required": ["n", "ok"],
-    "additionalProperties": False,
-}
 DEPTH: list[dict[str, Any]] = [
     *({"exit_threshold": q, "exit_mode": "skip"} for q in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)),
     {"exit_threshold": 0.3, "exit_mode": "exact"},
