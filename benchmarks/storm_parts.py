@@ -97,7 +97,8 @@ async def mutated_requests(target: Stormed, count: int, seed: int = 0) -> Outcom
             except httpx.HTTPError as error:
                 outcome.broken.append(f"{path} seed {seed + number}: {type(error).__name__}")
                 continue
-            outcome.told[f"{answer.status_code // 100}xx"] += 1
+            status = answer.status_code
+            outcome.told[str(status) if status >= 500 else f"{status // 100}xx"] += 1
             if answer.status_code >= 500 and answer.status_code not in ALLOWED:
                 outcome.broken.append(f"{path} seed {seed + number}: {answer.status_code}")
 

@@ -5,6 +5,7 @@ import re
 import socket
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -33,8 +34,7 @@ def why(error: Exception, args: Namespace, folder: Path) -> str:
     if isinstance(error, socket.gaierror):
         return f"{args.host}: no such host; choose another with --host"
     if isinstance(error, ValidationError):
-        # Without pydantic's account of where in vLLM's configuration it is.
-        return "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())
+        return "; ".join(dict.fromkeys(_said(e, args) for e in error.errors()))
     told = noted(folder)
     text = _WORKER.sub(r"\1", told or plain(error))
     core = None if told else _CORE.search(text)
@@ -45,6 +45,13 @@ def why(error: Exception, args: Namespace, folder: Path) -> str:
     if _NO_COMPILER in text:
         return "no C++ compiler found to compile the model with: install g++, or --enforce-eager"
     return text
+
+
+def _said(error: Any, args: Namespace) -> str:
+    """One of pydantic's errors: the option it is about, not where in vLLM's configuration it is."""
+    message = error["msg"].removeprefix("Value error, ")
+    name = str(error["loc"][-1]) if error["loc"] else ""
+    return f"--{name.replace('_', '-')}: {message}" if hasattr(args, name) else message
 
 
 def died(code: int) -> str:

@@ -23,6 +23,9 @@ OPEN_GROUPS = (
 QUIET = "ignore::FutureWarning,ignore::UserWarning:multiprocessing.resource_tracker"
 """Warnings of vLLM's child processes that say nothing to who serves."""
 
+OWN_LOGGING = ("--log-", "--log_", "--logging", "--pylog")
+"""Options of who wants vLLM's log another way; `--logprobs-mode` is none."""
+
 LOGGING = Path(__file__).with_name("logging.yaml")
 """vLLM's loggers at WARNING, but for the few lines that show how far loading has come. vLLM reads
 JSON here, which YAML contains."""
@@ -170,7 +173,7 @@ def environment(
     }
     if local_model:
         defaults["HF_HUB_OFFLINE"] = "1"
-    own_logging = any(arg.startswith(("--log", "--pylog")) for arg in argv)
+    own_logging = any(arg.startswith(OWN_LOGGING) for arg in argv)
     if "VLLM_LOGGING_LEVEL" not in current and not own_logging:
         defaults["VLLM_LOGGING_CONFIG_PATH"] = str(LOGGING)
     return {**added, **{k: v for k, v in defaults.items() if k not in current}}

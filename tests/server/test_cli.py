@@ -163,6 +163,8 @@ def test_the_users_environment_stands() -> None:
     }
     assert settings.environment(theirs, [], True).keys() == {"VLLM_PLUGINS"}
     assert "VLLM_LOGGING_CONFIG_PATH" not in settings.environment({}, ["--log-level=INFO"], True)
+    for option in ("--logits-processors", "--logprobs-mode"):
+        assert "VLLM_LOGGING_CONFIG_PATH" in settings.environment({}, [option], True)
 
 
 def test_hub_models_may_be_fetched() -> None:

@@ -17,6 +17,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import psutil
+import pydantic
 import pytest
 
 from ouro_server import checkpoint, cli, log_filter, run_folder, settings
@@ -137,6 +138,19 @@ def test_why_a_start_failed_in_the_users_words(error: Exception, said: str, tmp_
     why = failure.why(error, ARGS, tmp_path)
     assert said in why
     assert "\n" not in why
+
+
+def test_an_option_out_of_range_is_named_once(tmp_path: Path) -> None:
+    from ouro_server import failure
+
+    several = {"max_num_seqs": (int, pydantic.Field(ge=1)), "else": (int, pydantic.Field(ge=1))}
+    model = pydantic.create_model("Config", **several)
+    with pytest.raises(pydantic.ValidationError) as refusal:
+        model(max_num_seqs=0, **{"else": 0})
+    said = "Input should be greater than or equal to 1"
+    args = Namespace(**vars(ARGS), max_num_seqs=0)
+    assert failure.why(refusal.value, args, tmp_path) == f"--max-num-seqs: {said}; {said}"
+    assert failure.why(refusal.value, ARGS, tmp_path) == said
 
 
 def test_the_cause_in_a_worker_is_told_without_its_surroundings(tmp_path: Path) -> None:
