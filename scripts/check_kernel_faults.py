@@ -46,6 +46,7 @@ def caught(kernel: str, right: str, wrong: str) -> bool:
             [
                 *(sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"),
                 *("-m", "not gpu", f"tests/kernels/test_{kernel}.py"),
+                f"tests/kernels/test_wide_offsets.py::test_{kernel}",
             ],
             cwd=ROOT,
             env=os.environ | {"OURO_KERNELS": folder, "OMP_NUM_THREADS": "1"},

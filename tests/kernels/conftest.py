@@ -8,6 +8,7 @@ kernels would be interpreted too. The variable itself is set only while a kernel
 import importlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -68,19 +69,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory holds NaN, the most negative integer or True, so an unwritten output shows."""
+def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fresh memory holds NaN, the most negative integer or True, so an unwritten output shows.
+
+    What is written before or after it shows when the test ends.
+    """
+    from tests.kernels.support import Fenced, fenced
+
     empty = torch.empty
+    fences: list[Fenced] = []
 
     def poisoned(*args, **kwargs):
         tensor = empty(*args, **kwargs)
         if tensor.dtype == torch.bool:
-            return tensor.fill_(True)
-        if tensor.is_floating_point():
-            return tensor.fill_(float("nan"))
-        return tensor.fill_(torch.iinfo(tensor.dtype).min)
+            tensor.fill_(True)
+        elif tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+        else:
+            tensor.fill_(torch.iinfo(tensor.dtype).min)
+        fences.append(fenced(tensor))
+        return fences[-1].inside
 
     monkeypatch.setattr(torch, "empty", poisoned)
+    yield
+    for fence in fences:
+        fence.check("a fresh tensor")
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,8 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
         ("reads = fires & (seen == 0)", "reads = fires"),
         ("row * history_stride + done, left", "row * history_stride + n, left"),
         ("tl.load(active + row) == 0", "tl.load(active + row) == 1"),
+        ("tl.program_id(0).to(tl.int64)", "tl.program_id(0)"),
+        ("if exit_mask is None:", "if read_mask is None:"),
     ],
     "next_pass": [
         ("position += 1", "position += 2"),
@@ -25,6 +27,11 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
         ("slot = position * 0 - 1", "slot = position * 0"),
         ("mask = entry <= last", "mask = entry < last"),
         ("tl.load(tokens + row).to(tl.int64) * embedding_stride", "row * embedding_stride"),
+        ("tl.load(tokens + row).to(tl.int64)", "tl.load(tokens + row)"),
+        ("row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)"),
+        ("tl.load(table + last).to(tl.int64)", "tl.load(table + last)"),
+        ("tl.store(hidden + row * hidden_stride", "tl.store(hidden + row * embedding_stride"),
+        ("value, mask=col < size)", "value)"),
     ],
     "rope_kv_write": [
         ("if slot < 0:", "if slot <= 0:"),
@@ -38,6 +45,11 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
         ("x.to(tl.float32) / tl.load(scale)", "x.to(tl.float32) * tl.load(scale)"),
         ("(head[:, None] < KV_HEADS)", "(head[:, None] < KV_HEADS - 1)"),
         ("page = slot // block_size", "page = (slot + 1) // block_size"),
+        ("v_to += v_stride_page", "v_to += k_stride_page"),
+        ("(head[:, None] < Q_HEADS)", "(head[:, None] <= Q_HEADS)"),
+        ("(low * cos - high * sin).to(dtype), k_scale", "(low * cos - high * sin), k_scale"),
+        ("tl.load(positions + row).to(tl.int64)", "tl.load(positions + row)"),
+        ("head64 = head.to(tl.int64)[:, None]", "head64 = head[:, None]"),
     ],
     "sandwich_norm": [
         ("tl.sum(x * x, axis=0) / size + eps", "tl.sum(x * x, axis=0) / size"),
@@ -47,6 +59,13 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
         ),
         ("h = _norm(r, final, size, eps, dtype)", "h = _norm(r, post, size, eps, dtype)"),
         ("((x * scale).to(dtype).to(tl.float32) * weight)", "((x * scale) * weight)"),
+        ("size, eps, dtype)).to(dtype).to(tl.float32)", "size, eps, dtype))"),
+        ("size, eps, dtype).to(dtype), mask=mask)", "size, eps, dtype).to(dtype))"),
+        ("tl.store(stream, h.to(dtype), mask=mask)", "tl.store(stream, h.to(dtype))"),
+        (
+            "eps, BLOCK: tl.constexpr):\n    row = tl.program_id(0).to(tl.int64)",
+            "eps, BLOCK: tl.constexpr):\n    row = tl.program_id(0)",
+        ),
     ],
     "standin_fill": [
         ("if (slot < 0) | (leaves == 0):", "if (slot <= 0) | (leaves == 0):"),
@@ -58,9 +77,15 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
         ("if copies <= 0:", "if copies <= 1:"),
         ("mask = (head < HEADS) & (col < D)", "mask = (head < HEADS) & (col < D - 1)"),
         ("layer = tl.program_id(1)", "layer = tl.program_id(0)"),
+        ("_copy(v, v_at, v_stride_page,", "_copy(v, v_at, k_stride_page,"),
+        ("(col < D)", "(col <= D)"),
+        ("tl.arange(0, GROUP)).to(tl.int64)", "tl.arange(0, GROUP))"),
     ],
     "loop_decode_attention": [
         ("return block * total_loops + loop,", "return block * total_loops,"),
+        ("tl.minimum(length, start + tiles * BLOCK_N)", "start + tiles * BLOCK_N"),
+        ("(position % block_size).to(tl.int64)", "position % block_size"),
+        ("(member[:, None] < GROUP)", "(member[:, None] <= GROUP)"),
         (
             'tl.where(valid, tl.sum(k * query, axis=1), -float("inf"))',
             "tl.where(valid, tl.sum(k * query, axis=1), 0.0)",

@@ -2,6 +2,9 @@
 
 import copy
 import importlib
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,27 +65,125 @@ def _compare(actual: Any, expected: Any, what: str) -> None:
         assert actual == expected, what
 
 
+FENCE = 4096
+"""Elements before and after a fenced tensor: more than any kernel's tile or page in these tests."""
+
+
+@dataclass
+class Fenced:
+    """A tensor in memory of its own; `raw` is that memory, `outside` what is none of the tensor."""
+
+    inside: torch.Tensor
+    raw: torch.Tensor
+    before: torch.Tensor
+    outside: torch.Tensor
+
+    def check(self, what: str) -> None:
+        """Nothing was written before, after or between the tensor's elements."""
+        changed = (self.raw != self.before).view(-1, self.inside.itemsize).any(-1)
+        strays = (changed & self.outside).nonzero().flatten() - FENCE
+        assert not len(strays), f"{what}: written outside of it, at elements {strays[:8].tolist()}"
+
+
+def _span(tensor: torch.Tensor) -> int:
+    """Elements of memory from the first to the last."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in steps) if tensor.numel() else 0
+
+
+def fenced(tensor: torch.Tensor) -> Fenced:
+    """The same values with the same strides, in the middle of memory that is known."""
+    length = _span(tensor) + 2 * FENCE
+    raw = (torch.arange(length * tensor.itemsize, device=tensor.device) % 251).byte()
+    before = raw.clone()
+    inside = raw.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), FENCE)
+    inside.copy_(tensor)
+    outside = torch.ones(length, dtype=torch.bool, device=tensor.device)
+    outside.as_strided(tensor.shape, tensor.stride(), FENCE).fill_(False)
+    return Fenced(inside, raw, before, outside)
+
+
+def _can_be_fenced(tensor: torch.Tensor) -> bool:
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    overlaps = any(stride == 0 and size > 1 for size, stride in steps)
+    return not overlaps and _span(tensor) < 2**24
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, CacheTable):
+        yield from (*value.k_caches, *value.v_caches)
+
+
 def check_against_reference(op: str, name: str, **kwargs: Any) -> Any:
     """Run op `name` and its reference on equal inputs; compare results and every argument after.
 
-    So an argument that only one of the two writes to is found as well. Returns the op's result.
+    So an argument that only one of the two writes to is found as well; and, the op being given
+    fenced copies, a write to anything else. Afterwards `kwargs` hold what the op left. Returns the
+    op's result.
     """
     reference = getattr(importlib.import_module(f"ouro_kernels.{op}.reference"), name)
     twin = {key: copy_of(value) for key, value in kwargs.items()}
-    result = getattr(importlib.import_module("ouro_kernels"), name)(**kwargs)
-    _compare(result, reference(**twin), "result")
+    fences: dict[str, list[Fenced]] = {}
+    given = dict(kwargs)
     for key, value in kwargs.items():
+        tensors = list(_tensors(value))
+        if tensors and all(map(_can_be_fenced, tensors)):
+            fences[key] = [fenced(tensor) for tensor in tensors]
+            copies = [fence.inside for fence in fences[key]]
+            half = len(copies) // 2
+            table = isinstance(value, CacheTable)
+            given[key] = CacheTable(copies[:half], copies[half:]) if table else copies[0]
+    result = getattr(importlib.import_module("ouro_kernels"), name)(**given)
+    _compare(result, reference(**twin), "result")
+    for key, value in given.items():
         _compare(value, twin[key], key)
+        for tensor, fence in zip(_tensors(kwargs[key]), fences.get(key, ()), strict=False):
+            fence.check(key)
+            tensor.copy_(fence.inside)
     return result
 
 
-def strided_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values, rows (and heads) not adjacent in memory, last dimension dense."""
-    wide = tensor.new_zeros(*tensor.shape[:-1], tensor.shape[-1] + 16)
+def strided_rows(tensor: torch.Tensor, gap: int = 16) -> torch.Tensor:
+    """The same values, rows (and heads) `gap` apart in memory, last dimension dense."""
+    wide = tensor.new_zeros(*tensor.shape[:-1], tensor.shape[-1] + gap)
     view = wide[..., : tensor.shape[-1]]
     view.copy_(tensor)
     assert tensor.numel() <= tensor.shape[-1] or not view.is_contiguous()
     return view
+
+
+class Vast:
+    """16 GiB of zeros; without a GPU only what is written to takes memory."""
+
+    APART = 2**30
+    """Elements from one to the next of three, so that the third lies at 2**31."""
+
+    def __init__(self, device: torch.device) -> None:
+        size = 2**34 + 2**26
+        if device.type == "cpu":
+            flags = (
+                mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000
+            )  # MAP_NORESERVE, nameless in 3.11
+            self._raw = torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=torch.uint8)
+        else:
+            self._raw = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._placed = 0
+
+    def place(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """The same values, those of dimension `dim` `APART` from each other.
+
+        In the middle, so that an offset that wrapped to -2**31 is an address as well.
+        """
+        assert tensor.shape[dim] == 3
+        strides = list(torch.empty_like(tensor, device="meta").contiguous().stride())
+        strides[dim] = self.APART
+        self._placed += 2**20
+        start = 2 * self.APART + self._placed // tensor.itemsize
+        view = self._raw.view(tensor.dtype).as_strided(tensor.shape, strides, start)
+        view.copy_(tensor)
+        return view
 
 
 def paged_caches(
@@ -94,8 +195,17 @@ def paged_caches(
     device: torch.device,
     layout: str = "HND",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One layer's K and V full of NaN: vLLM's shared page ("HND", "NHD") or "split" tensors."""
-    if layout == "split":
+    """One layer's K and V full of NaN.
+
+    vLLM's shared page ("HND", "NHD"), "split" tensors, or "unlike": no stride of K is one of V.
+    """
+    if layout == "unlike":
+        shape = (pages, block_size, heads, head_dim + 16)
+        k = torch.zeros(shape, dtype=dtype, device=device)[..., :head_dim]
+        shape = (pages, heads + 1, block_size + 1, 2 * head_dim)
+        v = torch.zeros(shape, dtype=dtype, device=device).transpose(1, 2)
+        v = v[:, :block_size, :heads, :head_dim]
+    elif layout == "split":
         shape = (2, pages, block_size, heads, head_dim)
         k, v = torch.zeros(shape, dtype=dtype, device=device).unbind(0)
     else:

@@ -78,6 +78,13 @@ def test_given_outputs_are_written(device):
     assert not given["a"].all()
 
 
+@pytest.mark.parametrize("name", ["exit_mask", "read_mask"])
+def test_one_given_output_is_written(name, device):
+    state = _state(9, 64, torch.float32, device)
+    state[name] = torch.ones(9, dtype=torch.bool, device=device)
+    check_against_reference("exit_gate", "exit_gate", **state)
+
+
 def _walk(bias, device, *, threshold, min_loops=1, max_loops=T, run_all=False):
     """Depth, and loops run, of one token whose gate always says sigmoid(bias)."""
     state = {

@@ -8,13 +8,17 @@ T, BLOCK_SIZE = 3, 8
 
 
 def _inputs(lengths, q_heads, kv_heads, head_dim, dtype, device, layout="HND", fp8=False):
-    """Rows of `lengths` at random loops. Everything a row must not read is NaN."""
+    """Rows of `lengths` at random loops. Everything a row must not read is NaN.
+
+    The first block of the first row is block 0, at loop 0.
+    """
     rows = len(lengths)
     per_row = [-(-length // BLOCK_SIZE) for length in lengths]
     total = sum(per_row) + 2
-    order = torch.randperm(total).tolist()
-    table = torch.full((rows, max(per_row, default=0) + 1), -(2**30), dtype=torch.int32)
+    order = [*(torch.randperm(total - 1) + 1).tolist(), 0]
+    table = torch.full((rows, max(per_row, default=0) + 1), order[0], dtype=torch.int32)
     loop = torch.randint(0, T, (rows,), dtype=torch.int32)
+    loop[:1] = 0
     cache_dtype = torch.float8_e4m3fn if fp8 else dtype
     k, v = paged_caches(total * T, BLOCK_SIZE, kv_heads, head_dim, cache_dtype, device, layout)
     for row, length in enumerate(lengths):
@@ -62,14 +66,15 @@ def test_matches_the_reference(q_heads, kv_heads, dtype, num_splits, device):
     assert (result[2] == 0).all()
 
 
-@pytest.mark.parametrize("layout", ["HND", "NHD", "split"])
+@pytest.mark.parametrize("layout", ["HND", "NHD", "split", "unlike"])
 @pytest.mark.parametrize(("q_heads", "kv_heads"), HEADS[:2])
 @pytest.mark.parametrize("fp8", [False, True])
 def test_layouts_strides_and_odd_heads(layout, q_heads, kv_heads, fp8, device):
     kwargs = _inputs([19, 0, 70], q_heads, kv_heads, 24, torch.bfloat16, device, layout, fp8)
-    kwargs["block_table"] = strided_rows(kwargs["block_table"])
+    kwargs["block_table"] = strided_rows(kwargs["block_table"].roll(1, dims=0))
+    kwargs["row_to_request"] = torch.tensor([1, 2, 0], dtype=torch.int32, device=device)
     kwargs["q"] = strided_rows(kwargs["q"])
-    kwargs["out"] = strided_rows(torch.randn(3, q_heads, 24, device=device).bfloat16())
+    kwargs["out"] = strided_rows(torch.randn(3, q_heads, 24, device=device).bfloat16(), gap=32)
     check_against_reference(
         "loop_decode_attention", "loop_decode_attention", **kwargs, num_splits=2
     )
@@ -108,6 +113,14 @@ def test_a_row_does_not_depend_on_its_batch(device):
         }
         alone = loop_decode_attention(**(kwargs | one), num_splits=2)
         assert torch.equal(alone[0], together[row]), row
+
+
+@pytest.mark.parametrize(("q_heads", "kv_heads"), HEADS[:2])
+def test_scores_are_not_rounded_to_half(q_heads, kv_heads, device):
+    """Scores of some tens: in half precision they would be wrong by more than weights bear."""
+    kwargs = _inputs([70, 9], q_heads, kv_heads, 32, torch.float16, device)
+    kwargs["q"] *= 16
+    check_against_reference("loop_decode_attention", "loop_decode_attention", **kwargs)
 
 
 def test_extreme_scores_stay_finite(device):

@@ -4,7 +4,7 @@ import torch
 from ouro_kernels import next_pass
 from tests.kernels.support import check_against_reference, strided_rows
 
-T, BLOCK_SIZE, REQUESTS, MAX_BLOCKS, VOCAB = 4, 4, 9, 7, 37
+T, BLOCK_SIZE, REQUESTS, MAX_BLOCKS, VOCAB = 3, 4, 9, 7, 37
 
 
 def _mask(kind, rows, device):
@@ -19,7 +19,7 @@ def _inputs(rows, hidden, dtype, device, kind="ragged"):
     last = MAX_BLOCKS * BLOCK_SIZE - 1
     return {
         "hidden": torch.randn(rows, hidden, device=device).to(dtype),
-        "tokens": torch.where(exits, tokens, 2**40),  # must not be looked up for rows that stay
+        "tokens": tokens,
         "embedding": torch.randn(VOCAB, hidden, device=device).to(dtype),
         "exit_mask": exits,
         "active": torch.ones(rows, dtype=torch.bool, device=device),
@@ -48,9 +48,9 @@ def test_every_option(positions, device):
     rows = 41
     kwargs = _inputs(rows, 100, torch.bfloat16, device)
     kwargs["hidden"] = strided_rows(kwargs["hidden"])
-    kwargs["embedding"] = strided_rows(kwargs["embedding"])
+    kwargs["embedding"] = strided_rows(kwargs["embedding"], gap=32)
     kwargs["positions"] = kwargs["positions"].to(positions)
-    kwargs["tokens"] = kwargs["tokens"].clamp(max=VOCAB - 1).int()
+    kwargs["tokens"] = kwargs["tokens"].int()
     kwargs["active"] = torch.rand(rows, device=device) < 0.8
     kwargs["finished"] = torch.rand(rows, device=device) < 0.3
     kwargs["position_limit"] = kwargs["positions"] + torch.randint(
@@ -71,6 +71,22 @@ def test_more_entries_than_one_tile(device):
     kwargs["row_to_request"] = None
     kwargs["positions"][:] = torch.tensor([9998, 3])
     kwargs["row_blocks"] = torch.full((2, 2500), -5, dtype=torch.int32, device=device)
+    check_against_reference("next_pass", "next_pass", **kwargs)
+
+
+def test_slots_beyond_32_bits(device):
+    """Block numbers whose pages, or whose slots only, do not fit."""
+    kwargs = _inputs(3, 8, torch.float32, device)
+    blocks = torch.tensor([2**28, 2**29, 2**30], device=device)
+    kwargs["block_table"][:3] = blocks[:, None]
+    kwargs["row_to_request"][:] = torch.arange(3)
+    check_against_reference("next_pass", "next_pass", **kwargs)
+    assert (kwargs["slot_mapping"] > 2**31).all()
+
+
+def test_the_token_of_a_row_that_stays_is_not_looked_up(device):
+    kwargs = _inputs(7, 16, torch.float32, device)
+    kwargs["tokens"][~kwargs["exit_mask"]] = 2**40
     check_against_reference("next_pass", "next_pass", **kwargs)
 
 

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
+import ouro_kernels
 from ouro_kernels import rms_norm, sandwich_norm
+from ouro_kernels.sandwich_norm import reference
 from tests.kernels.support import NORM_DTYPES, check_against_reference, strided_rows
 
 EPS = 1e-6
@@ -21,10 +23,10 @@ def _weight(size, dtype, device):
 @pytest.mark.parametrize("strided", [False, True])
 class TestEveryForm:
     def inputs(self, rows, size, dtype, strided, device, *weights):
-        layout = strided_rows if strided else torch.Tensor.contiguous
-        tensors = {"x": layout(_rows(rows, size, dtype, device))}
-        tensors |= {name: _weight(size, dtype, device) for name in weights}
-        return tensors, layout(_rows(rows, size, dtype, device))
+        x, other = (_rows(rows, size, dtype, device) for _ in range(2))
+        if strided:
+            x, other = strided_rows(x), strided_rows(other, gap=32)
+        return {"x": x} | {name: _weight(size, dtype, device) for name in weights}, other
 
     def test_plain_norm(self, rows, size, dtype, strided, device):
         kwargs, out = self.inputs(rows, size, dtype, strided, device, "weight")
@@ -68,6 +70,40 @@ def test_rounds_where_the_released_model_rounds(device):
     weight = torch.full((64,), 1.0078125, dtype=torch.bfloat16, device=device)
     normed = (x.float() * torch.rsqrt(x.float().pow(2).mean() + EPS)).to(torch.bfloat16)
     assert torch.equal(rms_norm(x, weight, EPS), weight * normed)
+
+
+FORMS = {
+    "rms_norm": ("weight",),
+    "sandwich_norm": ("post_weight", "pre_weight"),
+    "loop_norm": ("post_weight", "final_weight", "pre_weight"),
+}
+
+
+def _call(function, size, dtype, device, scale):
+    kwargs = {name: _weight(size, dtype, device) for name in FORMS[function]}
+    for name in ("x", "residual")[: len(kwargs)]:
+        kwargs[name] = (torch.randn(3, size, device=device) * scale).to(dtype)
+    return kwargs
+
+
+@pytest.mark.parametrize("function", FORMS)
+def test_squares_beyond_half_precision(function, device):
+    kwargs = _call(function, 111, torch.float16, device, 2000.0)
+    check_against_reference("sandwich_norm", function, eps=EPS, **kwargs)
+
+
+@pytest.mark.parametrize("function", FORMS)
+def test_every_step_is_rounded(function, device):
+    """Bit for bit what the reference makes of numbers whose squares add up without rounding."""
+    kwargs = _call(function, 128, torch.bfloat16, device, 5.0)
+    for name in ("x", "residual"):
+        if name in kwargs:
+            kwargs[name] = kwargs[name].round()
+    twin = {name: value.clone() for name, value in kwargs.items()}
+    result = getattr(ouro_kernels, function)(**kwargs, eps=EPS)
+    assert torch.equal(result, getattr(reference, function)(**twin, eps=EPS))
+    if "residual" in kwargs:
+        assert torch.equal(kwargs["residual"], twin["residual"])
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import torch
 from ouro_kernels import CacheTable, standin_fill
 from tests.kernels.support import check_against_reference, paged_caches
 
-T, BLOCKS, BLOCK_SIZE, LAYERS = 4, 6, 4, 2
+T, BLOCKS, BLOCK_SIZE, LAYERS = 4, 8, 3, 2
 DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn)
 
 
@@ -15,8 +15,12 @@ def _inputs(rows, heads, head_dim, dtype, device, layout="HND"):
     ]
     for cache in (cache for pair in layers for cache in pair):
         cache.copy_(torch.randn(cache.shape, device=device).to(dtype))
-    slots = torch.randperm(BLOCKS * BLOCK_SIZE, device=device)[:rows]
+    slots = torch.randperm(BLOCKS * BLOCK_SIZE - 2, device=device)[:rows] + 1
     loop = torch.randint(0, T, (rows,), device=device, dtype=torch.int32)
+    # The first slot of all and the last that has a deeper one; a row whose loop is the last.
+    for row, (slot, t) in enumerate(((0, 0), (BLOCKS * BLOCK_SIZE - 1, T - 2))[:rows]):
+        slots[row], loop[row] = slot, t
+    loop[2:3] = T - 1
     block, offset = slots // BLOCK_SIZE, slots % BLOCK_SIZE
     return {
         "table": CacheTable([k for k, _ in layers], [v for _, v in layers]),
@@ -45,7 +49,7 @@ def test_matches_the_reference(rows, heads, head_dim, dtype, kind, device):
     check_against_reference("standin_fill", "standin_fill", **kwargs)
 
 
-@pytest.mark.parametrize("layout", ["NHD", "split"])
+@pytest.mark.parametrize("layout", ["HND", "NHD", "split", "unlike"])
 def test_layouts_and_padding(layout, device):
     kwargs = _inputs(9, 2, 32, torch.bfloat16, device, layout)
     kwargs["exit_mask"] = _mask("all", 9, device)
