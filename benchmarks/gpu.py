@@ -7,13 +7,17 @@
   GPU. Written to `benchmarks/results/gpu-<name>.json`.
 - `kernels`: `benchmarks.kernels`, which writes a file of its own.
 
-Ends inside nine minutes whatever happens: nothing is begun after `BEGIN` seconds, what still runs
-after `END` is killed, and what was left out is named.
+All engines start at once and share the GPU's memory, since loading and compiling is most of the
+time; one of them works at a time. Ends inside nine minutes, or `--seconds`, whatever happens:
+nothing is begun in the last `CLOSING` of them, what still runs at the end is killed, and what was
+left out is named.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -22,18 +26,17 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.random_checkpoint import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
 PARTS = ("golden", "decode", "kernels")
-BEGIN, END = 460, 525
-"""Seconds after which nothing new is begun, and after which whatever runs is killed."""
-
-FOR_BASELINE = 130
-"""Of `BEGIN`, the seconds that ours leaves to the baseline's start and its eight rows."""
+SECONDS, CLOSING = 525, 45
+"""Seconds for all, and those at the end in which no row is begun."""
 
 BATCHES = (1, 8, 32, 128)
 CONTEXTS = (128, 1024)
@@ -89,7 +92,8 @@ class Child:
 
     def close(self) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        if not self.process.stdin.closed:
+            self.process.stdin.close()
         try:
             self.process.wait(timeout=30)
         except subprocess.TimeoutExpired:
@@ -107,11 +111,10 @@ def roofline(bandwidth: float, mean: float) -> float:
     return bandwidth / (mean * loop + 2 * hidden * c["vocab_size"])
 
 
-def golden(result: dict[str, Any], end: float) -> bool:
+def golden(children: dict[str, Child], result: dict[str, Any]) -> bool:
     """Greedy tokens and depths of the golden checkpoints, in float32. False: they differ."""
-    folder = ROOT / "tests" / "golden"
-    for name in ("t4-mha", "t6-gqa"):
-        records = json.loads((folder / name / "golden.json").read_text())["records"]
+    for name, child in children.items():
+        records = json.loads((GOLDEN / name / "golden.json").read_text())["records"]
         cases, wanted = [], []
         for record in records:
             runs: list[tuple[dict[str, Any], Any]] = [({"exit_threshold": 1.0}, record["full"])]
@@ -123,11 +126,8 @@ def golden(result: dict[str, Any], end: float) -> bool:
                 if min(run["min_logit_margin"], run["min_cdf_margin"]) >= SAFE:
                     cases.append([record["prompt"], len(run["tokens"]), fields])
                     wanted.append([run["tokens"], run["depths"]])
-        child = Child("golden", str(folder / name), end)
-        try:
-            got = child.ask(command="generate", cases=cases)
-        finally:
-            child.close()
+        got = child.ask(command="generate", cases=cases)
+        child.close()
         wrong = sum(a != b for a, b in zip(got, wanted, strict=True))
         result["golden"][name] = {"cases": len(cases), "wrong": wrong}
         print(f"golden {name}: {len(cases) - wrong} of {len(cases)} cases right", flush=True)
@@ -158,37 +158,44 @@ def write_config(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def measure(kind: str, folder: str, result: dict[str, Any], begin: float, end: float) -> None:
-    """All rows of one engine, cheapest first; those not begun until `begin` are skipped."""
-    child = Child(kind, folder, end)
+def measure(children: dict[str, Child], result: dict[str, Any], begin: float) -> None:
+    """All rows, the engines in turn, cheapest first; those not begun until `begin` are skipped."""
+    for kind, child in list(children.items()):
+        with whole(kind, children, result):
+            result["machine"] |= child.ask(command="describe")
+            child.ask(command="decode", batch=8, context=128, mean=4.0, forced=kind == "ours")
+    places = [(context, batch) for context in CONTEXTS for batch in BATCHES]
+    for (context, batch), kind in itertools.product(places, list(children)):
+        for mean in MEANS if kind == "ours" else (4.0,):
+            row: dict[str, Any] = {"engine": kind, "batch": batch, "context": context}
+            row["depth"] = mean
+            result["rows"].append(row)
+            if kind not in children or time.monotonic() > begin:
+                row["skipped"] = "out of time" if kind in children else "the engine is gone"
+                continue
+            with whole(kind, children, result):
+                row |= children[kind].ask(
+                    command="decode",
+                    batch=batch,
+                    context=context,
+                    mean=mean,
+                    forced=kind == "ours" and mean < 4,
+                )
+            if batch == 1 and "rate" in row:
+                bandwidth = result["machine"]["copy_bytes_per_second"]
+                row["of_roofline"] = row["rate"] / roofline(bandwidth, mean)
+            print(json.dumps(row), flush=True)
+
+
+@contextlib.contextmanager
+def whole(kind: str, children: dict[str, Child], result: dict[str, Any]) -> Iterator[None]:
+    """An engine that goes in here is not asked again, and the result says so."""
     try:
-        result["machine"] = child.ask(command="describe")
-        bandwidth = result["machine"]["copy_bytes_per_second"]
-        child.ask(command="decode", batch=8, context=128, mean=4.0, forced=kind == "ours")
-        for context in CONTEXTS:
-            for batch in BATCHES:
-                for mean in MEANS if kind == "ours" else (4.0,):
-                    row: dict[str, Any] = {"engine": kind, "batch": batch, "context": context}
-                    row["depth"] = mean
-                    if time.monotonic() > begin:
-                        row["skipped"] = "out of time"
-                    else:
-                        row |= child.ask(
-                            command="decode",
-                            batch=batch,
-                            context=context,
-                            mean=mean,
-                            forced=kind == "ours" and mean < 4,
-                        )
-                    if batch == 1 and "rate" in row:
-                        row["of_roofline"] = row["rate"] / roofline(bandwidth, mean)
-                    result["rows"].append(row)
-                    print(json.dumps(row), flush=True)
+        yield
     except EngineGoneError as error:
+        del children[kind]
         result["stopped"].append(f"{kind}: {error}")
         print(result["stopped"][-1], flush=True)
-    finally:
-        child.close()
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
@@ -208,12 +215,9 @@ def compare(rows: list[dict[str, Any]]) -> None:
             row["of_bound"] = row["rate"] / full["ours", *place] / (4 / row["depth"])
 
 
-def decode(result: dict[str, Any], start: float) -> None:
+def decode(children: dict[str, Child], result: dict[str, Any], begin: float) -> None:
     """Measure both engines, and write what there is."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_config(Path(folder))
-        measure("ours", folder, result, start + BEGIN - FOR_BASELINE, start + END)
-        measure("baseline", folder, result, start + BEGIN, start + END)
+    measure(children, result, begin)
     compare(result["rows"])
     gpu = result["machine"].get("gpu", "unknown")
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
@@ -223,9 +227,9 @@ def decode(result: dict[str, Any], start: float) -> None:
     print(f"written to {path.relative_to(ROOT)}", flush=True)
 
 
-def kernels(start: float) -> bool:
-    """Time the kernels until `END`; False if one disagrees with its reference, or time is up."""
-    left = start + END - time.monotonic()
+def kernels(end: float) -> bool:
+    """Time the kernels until `end`; False if one disagrees with its reference, or time is up."""
+    left = end - time.monotonic()
     # The slowest case begun last still has to end.
     command = [sys.executable, "-m", "benchmarks.kernels", "--seconds", f"{left - 15:.0f}"]
     if left > 30:
@@ -242,23 +246,37 @@ def main(arguments: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
-    parts = parser.parse_args(arguments).parts
+    parser.add_argument("--seconds", type=int, default=SECONDS, help=f"for all; default {SECONDS}")
+    options = parser.parse_args(arguments)
+    parts = options.parts
     if not torch.cuda.is_available():
         print("No CUDA device: the GPU benchmark needs one.")
         return 1
-    start = time.monotonic()
+    end = time.monotonic() + options.seconds
     result: dict[str, Any] = {"golden": {}, "machine": {}, "rows": [], "stopped": []}
-    try:
-        right = "golden" not in parts or golden(result, start + END)
-    except EngineGoneError as error:
-        print(f"golden: {error}")
-        return 1
-    if not right:
-        print("Tokens differ from the golden data: nothing is measured.")
-        return 1
-    if "decode" in parts:
-        decode(result, start)
-    agreed = "kernels" not in parts or kernels(start)
+    with contextlib.ExitStack() as stack:
+
+        def start_child(kind: str, folder: str) -> Child:
+            return stack.enter_context(contextlib.closing(Child(kind, folder, end)))
+
+        engines, checked = {}, {}
+        if "golden" in parts:
+            checked = {n: start_child("golden", str(GOLDEN / n)) for n in ("t4-mha", "t6-gqa")}
+        if "decode" in parts:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            write_config(Path(folder))
+            engines = {kind: start_child(kind, folder) for kind in ("ours", "baseline")}
+        try:
+            right = golden(checked, result)
+        except EngineGoneError as error:
+            print(f"golden: {error}")
+            return 1
+        if not right:
+            print("Tokens differ from the golden data: nothing is measured.")
+            return 1
+        if engines:
+            decode(engines, result, end - CLOSING)
+    agreed = "kernels" not in parts or kernels(end)
     return 0 if agreed and not result["stopped"] else 1
 
 

@@ -18,6 +18,12 @@ LONGEST = 1024 + TOKENS + 8
 MOST = 128
 """Tokens generated per request, positions of a request and requests at once, at most."""
 
+SHARE = 0.4
+"""Of the GPU's memory, what the K/V pool of one engine takes."""
+
+SIZES = (1, 8, 32, 128)
+"""Batches that graphs are captured for; others run padded to the next."""
+
 WINDOWS = 16
 """A run's decode steps are cut into so many windows; percentiles are over their rates."""
 
@@ -39,6 +45,7 @@ class Served:
         from vllm import LLM
 
         golden = kind == "golden"
+        memory = torch.cuda.get_device_properties(0).total_memory
         self.llm = LLM(
             model=folder,
             dtype="float32" if golden else "bfloat16",
@@ -48,7 +55,10 @@ class Served:
             max_model_len=256 if golden else LONGEST,
             max_num_seqs=64 if golden else MOST,
             max_num_batched_tokens=2048 if golden else 8192,
-            gpu_memory_utilization=0.3 if golden else 0.92,
+            # Engines start beside each other, so none may measure what is free.
+            gpu_memory_utilization=0.05,
+            kv_cache_memory_bytes=1 << 30 if golden else int(SHARE * memory),
+            compilation_config={"cudagraph_capture_sizes": list(SIZES)},
             enable_prefix_caching=False,
             disable_log_stats=True,
             seed=0,

@@ -10,6 +10,7 @@ nothing is written for it. No op reads anything back to the host.
 from ouro_kernels.exit_gate import exit_gate
 from ouro_kernels.loop_decode_attention import choose_splits, loop_decode_attention
 from ouro_kernels.next_pass import next_pass
+from ouro_kernels.read_out import read_out
 from ouro_kernels.rope_kv_write import rope_kv_write
 from ouro_kernels.sandwich_norm import loop_norm, rms_norm, sandwich_norm
 from ouro_kernels.standin_fill import CacheTable, standin_fill
@@ -21,6 +22,7 @@ __all__ = [
     "loop_decode_attention",
     "loop_norm",
     "next_pass",
+    "read_out",
     "rms_norm",
     "rope_kv_write",
     "sandwich_norm",

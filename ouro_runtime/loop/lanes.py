@@ -23,17 +23,11 @@ class LanePlan:
     Attributes:
         candidates: per pass, the lanes [M] int64 that may be read out after it, ascending.
         low, high: [T, R] int32, least and most loops of the token at hand in each pass.
-        moving: the limits differ between passes (forced depths); else row 0 stands for all.
-        carried: some lane may enter the step with loops behind it.
-        carries: some lane may leave the step with loops behind it.
     """
 
     candidates: list[np.ndarray]
     low: np.ndarray
     high: np.ndarray
-    moving: bool
-    carried: bool
-    carries: bool
 
 
 class LaneBook:
@@ -94,10 +88,9 @@ class LaneBook:
         once = ~decoding | self.single[slots] | self.exact[slots]
         gated = self.threshold[slots] < 1.0
         forced = self._forced_len[slots]
-        moving = bool(forced.any())
+        moving = forced.any()
         token = self._token[slots]
         low, high = self.low[slots], self.high[slots]
-        carried = bool((phases != 1).any())
         lows, highs, candidates = [], [], []
         for _ in range(self.loops):
             if moving:
@@ -119,7 +112,4 @@ class LaneBook:
             candidates=candidates,
             low=np.stack(lows).astype(np.int32),
             high=np.stack(highs).astype(np.int32),
-            moving=moving,
-            carried=carried,
-            carries=bool((phases != 1).any()),
         )

@@ -35,7 +35,13 @@ def run(request: pytest.FixtureRequest) -> Iterator[tuple[str, Any]]:
     from tests.engine.harness import engine
 
     checkpoint, options = request.param
-    settings = {"enforce_eager": False, "num_gpu_blocks_override": 1024, "block_size": 16}
+    settings = {
+        "enforce_eager": False,
+        "num_gpu_blocks_override": 1024,
+        "block_size": 16,
+        "gpu_memory_utilization": 0.05,
+        "kv_cache_memory_bytes": 1 << 30,
+    }
     with engine(CHECKPOINTS[checkpoint], **(settings | OPTIONS[options])) as llm:
         yield checkpoint, llm
 

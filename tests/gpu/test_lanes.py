@@ -87,12 +87,10 @@ def test_candidates_hold_every_read_out_and_nothing_else_where_depths_are_known(
             if lane.params.exit_threshold >= 1 or lane.params.forced_depths:
                 assert reads == said, (lane.params, reads, said)
             assert (plan.low[0, index], plan.high[0, index]) == bounds[0]
-            if lane.loop:
-                assert plan.carries
         first = False
 
 
-def test_full_depth_reads_out_once_a_step_and_carries_nothing() -> None:
+def test_full_depth_reads_out_once_a_step() -> None:
     book = LaneBook(4, 4)
     for slot in range(4):
         book.add(slot, ExitParams(1.0, 1, 4, "skip"), 0, False)
@@ -100,7 +98,7 @@ def test_full_depth_reads_out_once_a_step_and_carries_nothing() -> None:
     for decoding in (~yes, yes, yes):
         plan = book.plan(everyone, decoding, yes)
         assert [len(lanes) for lanes in plan.candidates] == [0, 0, 0, 4]
-        assert not (plan.carried or plan.carries or plan.moving)
+        assert (plan.low == 1).all() and (plan.high == 4).all()
 
 
 def test_a_chunk_that_is_not_the_last_is_never_read_out() -> None:
@@ -114,5 +112,5 @@ def test_a_request_back_from_a_preemption_goes_on_with_its_next_depth() -> None:
     book = LaneBook(1, 4)
     book.add(0, ExitParams(1.0, 1, 4, "skip", (1, 2, 3)), 2, False)
     plan = book.plan(np.array([0]), np.array([False]), np.array([True]))
-    assert plan.moving and plan.low[0, 0] == 3
+    assert plan.low[:, 0].tolist() == [3, 3, 3, 1]
     assert [len(lanes) for lanes in plan.candidates] == [0, 0, 1, 0]

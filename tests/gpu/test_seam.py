@@ -24,7 +24,7 @@ from ouro_runtime.config import ExitParams, LoopConfig
 from ouro_runtime.engine.config_hook import UnsupportedError
 from ouro_runtime.engine.cuda import pin as gpu_pin
 from ouro_runtime.engine.cuda import refuse as gpu_refuse
-from ouro_runtime.engine.cuda.graphs import PassGraphs
+from ouro_runtime.engine.cuda.graphs import StepGraphs
 from ouro_runtime.engine.cuda.lanes import STOPS, LaneParams, StepRecord
 from ouro_runtime.engine.cuda.model import OuroLaneModel
 from ouro_runtime.engine.cuda.output import StepBill
@@ -105,9 +105,9 @@ def test_logits_are_the_steps_while_one_waits_for_its_output() -> None:
 
 
 def test_without_graphs_a_pass_is_as_wide_as_its_lanes() -> None:
-    graphs = PassGraphs(torch.device("cpu"))
+    graphs = StepGraphs(torch.device("cpu"))
     assert graphs.width(5) == 5
-    assert not graphs.replay(5)
+    assert not graphs.replay("block", 5)
     graphs.buckets = (1, 4, 8)
     assert [graphs.width(n) for n in (1, 2, 8, 9)] == [1, 4, 8, 9]
     graphs.release()
@@ -124,14 +124,23 @@ def test_lane_parameters_survive_the_journey() -> None:
         run_all=flags[0],
         once=flags[1],
         decoding=flags[2],
+        slot=rng.permutation(lanes),
+        temperature=rng.random(lanes, np.float32),
+        seed=rng.integers(-(1 << 63), (1 << 63) - 1, lanes),
         stops=rng.integers(-1, 50_000, (lanes, STOPS)),
         low=rng.integers(1, 5, (4, lanes)),
         high=rng.integers(1, 5, (4, lanes)),
     )
-    fields = LaneParams.unpack(torch.from_numpy(params.pack()))
+    packed = torch.from_numpy(params.pack(lanes + 2, 77))
+    assert len(packed) == LaneParams.rows(4)
+    fields = LaneParams.unpack(packed)
     for name, value in fields.items():
-        assert np.array_equal(value.numpy(), getattr(params, name)), name
+        assert np.array_equal(value.numpy()[..., :lanes].T, getattr(params, name).T) or (
+            name == "stops" and np.array_equal(value.numpy()[:lanes], params.stops)
+        ), name
     assert fields["threshold"].dtype == torch.float32
+    # What pads can do nothing: no request, no position that may be entered.
+    assert fields["slot"][lanes:].tolist() == [77, 77] and not fields["limit"][lanes:].any()
 
 
 def test_a_record_takes_tokens_of_those_that_were_read() -> None:

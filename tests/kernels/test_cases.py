@@ -1,5 +1,6 @@
 """The calls that aot.py compiles and the benchmark times, at a small size."""
 
+import warnings
 from importlib import import_module
 
 import pytest
@@ -50,8 +51,10 @@ def test_every_op_replays_in_a_graph_without_a_host_read(device):
         tensors = {key: value for key, value in kwargs.items() if isinstance(value, torch.Tensor)}
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # "a prototype feature"
+                torch.cuda.set_sync_debug_mode("error")
             with torch.cuda.graph(graph):
                 function(**kwargs)
         finally:

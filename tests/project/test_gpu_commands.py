@@ -37,7 +37,7 @@ def test_a_command_that_ends_keeps_its_status(status: int) -> None:
 
 def test_both_commands_end_inside_nine_minutes() -> None:
     assert run_gpu_tests.KERNEL_SECONDS < run_gpu_tests.SECONDS < NINE_MINUTES
-    assert gpu.FOR_BASELINE < gpu.BEGIN < gpu.END < NINE_MINUTES
+    assert gpu.CLOSING < gpu.SECONDS < NINE_MINUTES
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
@@ -51,8 +51,8 @@ def test_without_a_gpu_they_say_so(module: str) -> None:
 class Engine:
     """Stands for `gpu.Child`; is gone after so many replies."""
 
-    def __init__(self, replies: float) -> None:
-        self.replies, self.closed = replies, False
+    def __init__(self, replies: float = 1e9) -> None:
+        self.replies = replies
 
     def ask(self, command: str, **request: Any) -> Any:
         self.replies -= 1
@@ -62,51 +62,41 @@ class Engine:
             return {"gpu": "G", "copy_bytes_per_second": 2.5e12}
         return {"rate": 100.0 * request["batch"] * 4 / request["mean"]}
 
-    def close(self) -> None:
-        self.closed = True
 
-
-def measured(
-    monkeypatch: pytest.MonkeyPatch, kind: str, begin: float, replies: float = 1e9
-) -> dict[str, Any]:
-    engine = Engine(replies)
-    monkeypatch.setattr(gpu, "Child", lambda *_: engine)
-    result: dict[str, Any] = {"rows": [], "stopped": []}
-    gpu.measure(kind, "folder", result, begin, begin + 60)
-    assert engine.closed
+def measured(begin: float, **engines: Any) -> dict[str, Any]:
+    result: dict[str, Any] = {"machine": {}, "rows": [], "stopped": []}
+    gpu.measure(engines, result, begin)
     return result
 
 
-def test_every_row_is_measured_where_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = measured(monkeypatch, "ours", time.monotonic() + 60)
-    places = {(r["batch"], r["context"], r["depth"]) for r in result["rows"]}
-    assert len(places) == len(gpu.BATCHES) * len(gpu.CONTEXTS) * len(gpu.MEANS)
+def test_every_row_is_measured_where_there_is_time() -> None:
+    result = measured(time.monotonic() + 60, ours=Engine(), baseline=Engine())
+    places = [(r["engine"], r["batch"], r["context"], r["depth"]) for r in result["rows"]]
+    assert len(set(places)) == len(places)
+    assert len(places) == len(gpu.BATCHES) * len(gpu.CONTEXTS) * (len(gpu.MEANS) + 1)
     assert all("rate" in row for row in result["rows"])
     assert not result["stopped"]
+    # Side by side: whatever the machine does meanwhile, it does to both.
+    assert [kind for kind, *_ in places[:8]] == (["ours"] * len(gpu.MEANS) + ["baseline"]) * 2
 
 
-def test_rows_that_time_does_not_allow_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = measured(monkeypatch, "baseline", time.monotonic() - 1)["rows"]
+def test_rows_that_time_does_not_allow_are_named() -> None:
+    rows = measured(time.monotonic() - 1, baseline=Engine())["rows"]
     assert len(rows) == len(gpu.BATCHES) * len(gpu.CONTEXTS)
     assert all(row["skipped"] == "out of time" for row in rows)
 
 
-def test_an_engine_that_is_gone_leaves_what_it_had_measured(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    result = measured(monkeypatch, "ours", time.monotonic() + 60, replies=5)
-    assert len(result["rows"]) == 3
+def test_an_engine_that_is_gone_leaves_what_it_had_measured() -> None:
+    result = measured(time.monotonic() + 60, ours=Engine(replies=5), baseline=Engine())
+    ours = [row for row in result["rows"] if row["engine"] == "ours"]
+    assert ["rate" in row for row in ours[:5]] == [True] * 3 + [False] * 2
+    assert ours[-1]["skipped"] == "the engine is gone"
+    assert all("rate" in row for row in result["rows"] if row["engine"] == "baseline")
     assert result["stopped"] == ["ours: gone when asked for decode"]
 
 
-def test_rows_are_held_against_the_baseline_and_the_bound(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    rows = [
-        row
-        for kind in ("ours", "baseline")
-        for row in measured(monkeypatch, kind, time.monotonic() + 60)["rows"]
-    ]
+def test_rows_are_held_against_the_baseline_and_the_bound() -> None:
+    rows = measured(time.monotonic() + 60, ours=Engine(), baseline=Engine())["rows"]
     gpu.compare(rows)
     for row in rows:
         if row["engine"] == "ours":

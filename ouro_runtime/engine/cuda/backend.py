@@ -7,8 +7,6 @@ from typing import Protocol
 
 import torch
 
-from ouro_runtime.loop.lanes import LanePlan
-
 
 @dataclass
 class LaneShape:
@@ -25,29 +23,27 @@ class StepInputs:
     """What a step starts from: R lanes (one per request), N rows in the order of the batch.
 
     Attributes:
-        slots: [R] int64, request slots. block_table: [R or more, B] int32, logical blocks.
+        lanes: R.
         head_rows: [R] int64, the row of each lane; None if row i is lane i (then N = R).
         input_ids: [N] integer, the rows' tokens; embedded: [N, H]. positions: [N] int64.
         logical: [N] int64, each row's slot in a cache of one loop; negative: it has none.
-        params: packed `LaneParams`. plan: see `LaneBook`.
         candidates: per pass the plan's candidates on the device, None where there are none.
+        plain: the piece "read" serves every read-out of the step.
         padded: rows to run when N > R: N or more.
         row_stop: [N] int32, loops after which a row's K/V stand in for its deeper ones (positions
             computed again after a preemption); None if all rows run every loop.
         defer: [R] bool, lanes sampled after the step (their tokens need the host); None if none.
     """
 
-    slots: torch.Tensor
-    block_table: torch.Tensor
+    lanes: int
     head_rows: torch.Tensor | None
     input_ids: torch.Tensor
     embedded: torch.Tensor
     positions: torch.Tensor
     logical: torch.Tensor
-    params: torch.Tensor
-    plan: LanePlan
     candidates: list[torch.Tensor | None]
     padded: int
+    plain: bool = False
     row_stop: torch.Tensor | None = None
     defer: torch.Tensor | None = None
 
@@ -73,11 +69,12 @@ class RowView:
 class LaneBackend(Protocol):
     """What a step needs of an engine. Hidden states are those in `LaneBuffers`."""
 
-    def run_lanes(self, lanes: int, block_table: torch.Tensor) -> bool:
-        """One pass over the first `lanes` rows, one row per request, and the gate (`apply_gate`).
+    def play(self, piece: str, lanes: int, mixed: bool) -> None:
+        """Run a piece over the first `lanes` lanes; `mixed`: their states are in `lane_hidden`.
 
-        Returns:
-            Whether every cell also wrote its K/V into its deeper loops (`fill_copies`).
+        The pieces are `begin`, `advance` and `carry` of `cuda/pieces.py`; `block`: one pass over
+        one row per request and the gate, where every cell also writes its K/V into its deeper loops
+        (`fill_copies`); and `read`: whoever leaves is read out, sampled and takes its token.
         """
 
     def run_rows(self, view: RowView) -> None:
@@ -86,8 +83,8 @@ class LaneBackend(Protocol):
     def stand_in(self, slots: torch.Tensor, loop: torch.Tensor, mask: torch.Tensor) -> None:
         """Copy K/V at `slots` [M] of 0-based `loop` [M] to the deeper loops where `mask` [M]."""
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Read-out [M, vocab] of states [M, H]."""
+    def logits(self, hidden: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+        """Read-out [M, vocab] of states [M, H]; rows that are not `read` [M] mean nothing."""
 
     def sample(
         self, lanes: torch.Tensor, logits: torch.Tensor, step: int, positions: torch.Tensor
@@ -98,6 +95,3 @@ class LaneBackend(Protocol):
         self, lanes: torch.Tensor, read: torch.Tensor, tokens: torch.Tensor, place: torch.Tensor
     ) -> None:
         """Those of `lanes` that were `read` [M] took their tokens, at `place` of the record."""
-
-    def embedding(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A table [V, H] and the rows of it [L] that embed `tokens` [L]."""

@@ -1,26 +1,32 @@
-"""What runs a step's passes on CUDA: the `LaneBackend` of `gpu_step`."""
+"""What runs a step's passes on CUDA: the `LaneBackend` of `cuda/step.py`."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from ouro_kernels import CacheTable, standin_fill
+from ouro_kernels import CacheTable, read_out, standin_fill
+from ouro_runtime.engine.cuda import pieces
 from ouro_runtime.engine.cuda.backend import LaneShape, RowView
 from ouro_runtime.engine.cuda.block import BlockParts, lane_block, parts_of
-from ouro_runtime.engine.cuda.graphs import PassGraphs
+from ouro_runtime.engine.cuda.graphs import StepGraphs
 from ouro_runtime.engine.cuda.lanes import LaneBuffers
-from ouro_runtime.engine.cuda.sampler import StepSampling
-from ouro_runtime.engine.cuda.step import apply_gate
+from ouro_runtime.engine.cuda.sampler import StepSampling, sample_plain
 
 logger = logging.getLogger("vllm.ouro")
 
 RunRows = Callable[[Any, LaneBuffers, RowView], None]
+
+
+PIECES = ("begin", "block", "read", "advance", "carry")
+"""See `LaneBackend.play`."""
 
 
 class LaneEngine:
@@ -28,10 +34,11 @@ class LaneEngine:
 
     Args:
         parts: the block over lanes; None: every batch goes through `run_rows`.
-        table: all layers' caches. rows: `RowPasses.run`.
-        read_out: [M, H] -> [M, vocab]. embed: [M] -> [M, H].
-        embedding: the table [V, H], if this process holds all of it; else None.
-        replay: runs a captured pass of so many lanes, or says that there is none.
+        table: all layers' caches. block_table: [max requests, B] int32, logical blocks of a batch;
+            not copied. rows: `RowPasses.run`.
+        vocabulary: the model's embeddings.
+        replay: runs a captured piece over so many lanes, or says that there is none.
+        sampler: vLLM's.
     """
 
     def __init__(
@@ -40,15 +47,15 @@ class LaneEngine:
         shape: LaneShape,
         parts: BlockParts | None,
         table: CacheTable,
+        block_table: torch.Tensor,
         rows: RunRows,
-        read_out: Callable[[torch.Tensor], torch.Tensor],
-        embed: Callable[[torch.Tensor], torch.Tensor],
-        embedding: torch.Tensor | None,
-        replay: Callable[[int], bool] = lambda lanes: False,
+        vocabulary: Vocabulary,
+        replay: Callable[[str, int], bool],
+        sampler: Any,
     ) -> None:
         self.buffers, self.shape, self.parts, self.table = buffers, shape, parts, table
-        self.rows, self.read_out, self.embed = rows, read_out, embed
-        self.weight, self.replay = embedding, replay
+        self.block_table, self.rows, self.vocabulary = block_table, rows, vocabulary
+        self.replay, self.sampler = replay, sampler
         self.batch: Any = None
         self.sampling: StepSampling | None = None
         self.candidates: list[np.ndarray] = []
@@ -57,18 +64,39 @@ class LaneEngine:
         """A step over `batch` (vLLM's `InputBatch`) begins; `candidates`: see `LanePlan`."""
         self.batch, self.sampling, self.candidates = batch, sampling, candidates
 
-    def pass_over_lanes(self, lanes: int, block_table: torch.Tensor) -> None:
-        """What a graph holds: the block over `lanes` lanes, and the gate."""
-        assert self.parts is not None
-        lane_block(self.parts, self.buffers, lanes, block_table)
-        apply_gate(self.buffers, self.shape, self.buffers.hidden[:lanes], lanes)
+    def capturable(self) -> dict[str, Callable[[int], None]]:
+        """The pieces that a graph may hold: all, but those that talk to other processes."""
+        whole = self.vocabulary.whole
+        names = PIECES if whole else ("begin", "block", "carry")
+        return {name: partial(self._run, name, self.buffers.hidden) for name in names}
+
+    def _run(self, piece: str, states: torch.Tensor, lanes: int) -> None:
+        b, shape = self.buffers, self.shape
+        if piece == "begin":
+            pieces.begin(b, shape, states, lanes)
+        elif piece == "block":
+            assert self.parts is not None
+            lane_block(self.parts, b, lanes, self.block_table)
+            pieces.gate(b, shape, states, lanes)
+        elif piece == "read":
+            pieces.remember(b, lanes)
+            read = b.read_mask[:lanes]
+            logits = self.vocabulary.logits(states[:lanes], read)
+            pieces.take(b, b.numbers[:lanes], read, sample_plain(self.sampler, b, logits))
+        elif piece == "advance":
+            embedding = self.vocabulary.embedding(b.tokens[:lanes], b.numbers[:lanes])
+            pieces.advance(b, shape, states, lanes, embedding, self.block_table)
+        else:
+            assert piece == "carry", piece
+            pieces.carry(b, states, lanes)
 
     # ---- LaneBackend ----------------------------------------------------------------------------
 
-    def run_lanes(self, lanes: int, block_table: torch.Tensor) -> bool:
-        if not self.replay(lanes):
-            self.pass_over_lanes(lanes, block_table)
-        return True
+    def play(self, piece: str, lanes: int, mixed: bool) -> None:
+        if mixed:
+            self._run(piece, self.buffers.lane_hidden, lanes)
+        elif not self.replay(piece, lanes):
+            self._run(piece, self.buffers.hidden, lanes)
 
     def run_rows(self, view: RowView) -> None:
         self.rows(self.batch, self.buffers, view)
@@ -76,8 +104,8 @@ class LaneEngine:
     def stand_in(self, slots: torch.Tensor, loop: torch.Tensor, mask: torch.Tensor) -> None:
         standin_fill(self.table, slots, loop, mask, self.shape.loops)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.read_out(hidden)
+    def logits(self, hidden: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+        return self.vocabulary.logits(hidden, read)
 
     def sample(
         self, lanes: torch.Tensor, logits: torch.Tensor, step: int, positions: torch.Tensor
@@ -91,11 +119,35 @@ class LaneEngine:
         assert self.sampling is not None
         self.sampling.commit(lanes, read, tokens, place)
 
-    def embedding(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.weight is not None:
-            return self.weight, tokens
+
+class Vocabulary:
+    """A model's way from tokens to states and back.
+
+    Attributes:
+        whole: this process holds all of it, unquantized. Else every read-out is the model's own.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model, head = model, model.lm_head
+        alone = get_tensor_model_parallel_world_size() == 1
+        self.whole = alone and isinstance(head.quant_method, UnquantizedEmbeddingMethod)
+        self._table = model.model.embed_tokens.weight.data if alone else None
+        self._weight = head.weight.data[: model.config.vocab_size] if self.whole else None
+
+    def logits(self, hidden: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+        """[M, vocab] of states [M, H]; rows that are not `read` [M] mean nothing."""
+        if self._weight is None or self._weight.dtype != hidden.dtype:
+            return self._model.read_out(hidden)
+        return read_out(hidden, self._weight, read)
+
+    def embedding(
+        self, tokens: torch.Tensor, numbers: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A table [V, H] and the rows of it [M] that embed `tokens` [M]; `numbers`: 0 to M - 1."""
+        if self._table is not None:
+            return self._table, tokens
         # The vocabulary is spread over processes: embed here, and let row i be its own entry.
-        return self.embed(tokens), self.buffers.numbers[: len(tokens)]
+        return self._model.embed_input_ids(tokens), numbers
 
 
 def make_engine(
@@ -103,8 +155,10 @@ def make_engine(
     buffers: LaneBuffers,
     loops: int,
     longest: int,
+    block_table: torch.Tensor,
     rows: RunRows,
-    graphs: PassGraphs,
+    graphs: StepGraphs,
+    sampler: Any,
 ) -> LaneEngine:
     """The engine of a loaded model whose caches are bound.
 
@@ -129,15 +183,14 @@ def make_engine(
             "vLLM's attention, without graphs of whole passes",
             kind,
         )
-    whole = get_tensor_model_parallel_world_size() == 1
     return LaneEngine(
         buffers,
         shape,
         parts if lanes else None,
         parts.cache_table(),
+        block_table,
         rows,
-        model.read_out,
-        model.embed_input_ids,
-        block.embed_tokens.weight.data if whole else None,
+        Vocabulary(model),
         graphs.replay,
+        sampler,
     )

@@ -1,8 +1,8 @@
-"""Seam: CUDA graphs of a pass over lanes, one per bucket, in vLLM's graph memory pool."""
+"""Seam: CUDA graphs of a step's pieces, one per piece and bucket, in vLLM's graph memory pool."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from vllm.utils.torch_utils import current_stream
 from ouro_runtime.engine.cuda.buckets import bucket_for
 
 
-class PassGraphs:
-    """Captured passes by number of lanes. Without any, every `replay` says no.
+class StepGraphs:
+    """Captured pieces by name and number of lanes. Without any, every `replay` says no.
 
     Args:
         device: the CUDA device.
@@ -23,34 +23,35 @@ class PassGraphs:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.buckets: tuple[int, ...] = ()
-        self._graphs: dict[int, Any] = {}
+        self._graphs: dict[tuple[str, int], Any] = {}
 
     def width(self, lanes: int) -> int:
         """Lanes to run for `lanes` of them: their bucket, or as many where none holds them."""
         return bucket_for(self.buckets, lanes) or lanes
 
-    def replay(self, lanes: int) -> bool:
-        """Run the graph of exactly `lanes` lanes; False if there is none."""
-        graph = self._graphs.get(lanes)
+    def replay(self, piece: str, lanes: int) -> bool:
+        """Run the graph of a piece over exactly `lanes` lanes; False if there is none."""
+        graph = self._graphs.get((piece, lanes))
         if graph is None:
             return False
         graph.replay()
         return True
 
-    def capture(self, buckets: Sequence[int], run: Callable[[int], None]) -> None:
-        """Capture `run(lanes)` for each bucket, the largest first so that the pool is shared."""
+    def capture(self, buckets: Sequence[int], pieces: Mapping[str, Callable[[int], None]]) -> None:
+        """Capture each piece for each bucket, the largest first so that the pool is shared."""
         self.release()
         pool = current_platform.get_global_graph_pool()
         with graph_capture(device=self.device):
             for lanes in sorted(buckets, reverse=True):
-                # Twice: kernels are compiled and cuBLAS picks its algorithms outside the capture.
-                run(lanes)
-                run(lanes)
-                torch.cuda.synchronize(self.device)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool, stream=current_stream()):
+                for name, run in pieces.items():
+                    # Twice: kernels are compiled and cuBLAS picks its algorithms outside of it.
                     run(lanes)
-                self._graphs[lanes] = graph
+                    run(lanes)
+                    torch.cuda.synchronize(self.device)
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph, pool, stream=current_stream()):
+                        run(lanes)
+                    self._graphs[name, lanes] = graph
         self.buckets = tuple(sorted(buckets))
 
     def release(self) -> None:

@@ -7,7 +7,7 @@ position of a prompt chunk.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ class LaneBuffers:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        def ints(size: int) -> torch.Tensor:
+        def ints(*size: int) -> torch.Tensor:
             return torch.zeros(size, dtype=torch.int32, device=device)
 
         def longs(size: int) -> torch.Tensor:
@@ -51,24 +51,46 @@ class LaneBuffers:
         # Rows of a pass, in the order of the batch. With one row per request, row i is lane i.
         self.hidden = torch.zeros(rows, hidden, dtype=dtype, device=device)
         self.row_positions, self.row_slots = longs(rows), longs(rows)
-        # Lanes.
+        # Lanes. `request` is the request slot, `logical` the slot in a cache of one loop.
         self.lane_hidden = torch.zeros(lanes, hidden, dtype=dtype, device=device)
         self.positions, self.slots, self.limit, self.tokens = (longs(lanes) for _ in range(4))
+        self.request, self.logical, self.seed = (longs(lanes) for _ in range(3))
         self.loop, self.depth, self.low, self.high = (ints(lanes) for _ in range(4))
         self.seq_lens, self.fill_copies = ints(lanes), ints(lanes)
-        self.survival, self.threshold = floats(lanes), floats(lanes)
-        self.active, self.run_all, self.finished = (flags(lanes) for _ in range(3))
+        self.stops = ints(lanes, STOPS)
+        self.survival, self.threshold, self.temperature = (floats(lanes) for _ in range(3))
+        self.active, self.run_all, self.finished, self.decoding = (flags(lanes) for _ in range(4))
         self.history = floats(lanes, loops)  # survival after each loop of the token at hand
         self.exit_mask, self.read_mask = flags(lanes), flags(lanes)
-        # Carried from step to step, by request slot.
-        self.carried_hidden = torch.zeros(slots, hidden, dtype=dtype, device=device)
-        self.carried_loop, self.carried_survival = ints(slots), floats(slots)
-        self.carried_history = floats(slots, loops)
+        # Carried from step to step, by request slot; the last one is for lanes that only pad.
+        self.carried_hidden = torch.zeros(slots + 1, hidden, dtype=dtype, device=device)
+        self.carried_loop, self.carried_survival = ints(slots + 1), floats(slots + 1)
+        self.carried_history = floats(slots + 1, loops)
+        # The step's: what the host said of it, the number of the pass at hand, what it brought.
+        self.params = ints(LaneParams.rows(loops) * lanes)
+        self.step = longs(1)
+        self.record = StepRecord.empty(lanes, loops, self.device)
         self.numbers = torch.arange(lanes, dtype=torch.int64, device=device)
 
     @property
     def device(self) -> torch.device:
         return self.hidden.device
+
+    def idle(self) -> None:
+        """No request is known: whatever width the pieces run at, they do nothing.
+
+        What an earlier step left means other things at another width.
+        """
+        self.params.zero_()
+        self.active.zero_()
+        self.slots.fill_(-1)
+        for numbers in (self.seq_lens, self.fill_copies, self.request, self.tokens, self.step):
+            numbers.zero_()
+
+    def packed(self, lanes: int) -> torch.Tensor:
+        """Where the packed `LaneParams` of `lanes` lanes lie."""
+        rows = LaneParams.rows(self.record.tokens.shape[1])
+        return self.params[: rows * lanes].view(rows, lanes)
 
 
 @dataclass
@@ -79,8 +101,9 @@ class LaneParams:
         threshold: [R] float32. limit: [R], first position that may not be entered.
         run_all: [R] bool, the position runs every loop: a prompt's, and all in mode `exact`.
         once: [R] bool, the lane stops when it leaves. decoding: [R] bool, see `LaneBook.plan`.
+        slot: [R], request slots. temperature: [R] float32 and seed: [R] int64, of the sampler.
         stops: [R, STOPS] end tokens, padded with -1.
-        low, high: [T or 1, R], see `LanePlan`.
+        low, high: [T, R], see `LanePlan`.
     """
 
     threshold: np.ndarray
@@ -88,38 +111,58 @@ class LaneParams:
     run_all: np.ndarray
     once: np.ndarray
     decoding: np.ndarray
+    slot: np.ndarray
+    temperature: np.ndarray
+    seed: np.ndarray
     stops: np.ndarray
     low: np.ndarray
     high: np.ndarray
 
-    def pack(self) -> np.ndarray:
-        """[5 + STOPS + 2 T, R] int32; thresholds keep their bits."""
-        head = [self.limit, self.run_all, self.once, self.decoding]
-        return np.concatenate(
-            [
-                self.threshold.astype(np.float32).view(np.int32)[None],
-                np.stack(head).astype(np.int32),
-                self.stops.T.astype(np.int32),
-                self.low.astype(np.int32),
-                self.high.astype(np.int32),
-            ]
-        )
+    @staticmethod
+    def rows(loops: int) -> int:
+        """Rows of the packed array."""
+        return 9 + STOPS + 2 * loops
+
+    def pack(self, width: int, spare: int) -> np.ndarray:
+        """[rows(T), width] int32; floats keep their bits. Lanes past R pad: slot `spare`, all else
+        0, so that no position may be entered."""
+        lanes = len(self.slot)
+        packed = np.zeros((self.rows(len(self.low)), width), np.int32)
+        packed[5, lanes:] = spare
+        use = packed[:, :lanes]
+        use[0] = self.threshold.astype(np.float32).view(np.int32)
+        use[1], use[2], use[3], use[4] = self.limit, self.run_all, self.once, self.decoding
+        use[5] = self.slot
+        use[6] = self.temperature.astype(np.float32).view(np.int32)
+        use[7:9] = self.seed.astype(np.int64).view(np.int32).reshape(lanes, 2).T
+        use[9 : 9 + STOPS] = self.stops.T
+        rest = use[9 + STOPS :]
+        rest[: len(self.low)], rest[len(self.low) :] = self.low, self.high
+        return packed
 
     @staticmethod
     def unpack(packed: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The columns of a packed array on the device, by name."""
-        rest = packed[5 + STOPS :]
-        half = len(rest) // 2
+        """The columns of a packed array on the device, by name; numbers and flags are int32."""
+        low, high = LaneParams.limits(packed)
         return {
             "threshold": packed[0].view(torch.float32),
-            "limit": packed[1].long(),
-            "run_all": packed[2].bool(),
-            "once": packed[3].bool(),
-            "decoding": packed[4].bool(),
-            "stops": packed[5 : 5 + STOPS].t(),
-            "low": rest[:half],
-            "high": rest[half:],
+            "limit": packed[1],
+            "run_all": packed[2],
+            "once": packed[3],
+            "decoding": packed[4],
+            "slot": packed[5],
+            "temperature": packed[6].view(torch.float32),
+            "seed": torch.stack([packed[7], packed[8]], 1).view(torch.int64).view(-1),
+            "stops": packed[9 : 9 + STOPS].t(),
+            "low": low,
+            "high": high,
         }
+
+    @staticmethod
+    def limits(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`low` and `high` of a packed array."""
+        rest = packed[9 + STOPS :]
+        return rest[: len(rest) // 2], rest[len(rest) // 2 :]
 
 
 @dataclass
@@ -130,6 +173,7 @@ class StepRecord:
         tokens: [R, T] int64, the tokens of each request in order; entries past `count` are 0.
         depths: [R, T] int32, the loop each was read out at. count: [R] int32.
         start, end: [R] int32, loops each lane had done before and after the step.
+        rejected: [R] int32, what vLLM takes for rejected drafts: 1 - `count` where decoding.
         history: [R, T, T] float32, entry [r, p, n]: S(n + 1) of lane r's token, as of pass p; means
             something up to the loop of that pass, and where somebody was read out after it.
     """
@@ -139,6 +183,7 @@ class StepRecord:
     count: torch.Tensor
     start: torch.Tensor
     end: torch.Tensor
+    rejected: torch.Tensor
     history: torch.Tensor
 
     @classmethod
@@ -148,7 +193,12 @@ class StepRecord:
 
         tokens = torch.zeros(lanes, loops, dtype=torch.int64, device=device)
         history = torch.ones(lanes, loops, loops, dtype=torch.float32, device=device)
-        return cls(tokens, ints(lanes, loops), ints(lanes), ints(lanes), ints(lanes), history)
+        count, start, end, rejected = (ints(lanes) for _ in range(4))
+        return cls(tokens, ints(lanes, loops), count, start, end, rejected, history)
+
+    def first(self, lanes: int) -> StepRecord:
+        """The part of the first `lanes` lanes, in the same memory."""
+        return StepRecord(*(getattr(self, field.name)[:lanes] for field in fields(self)))
 
     def add(
         self, lanes: torch.Tensor, read: torch.Tensor, tokens: torch.Tensor, depths: torch.Tensor
@@ -163,6 +213,6 @@ class StepRecord:
 
     def packed(self) -> torch.Tensor:
         """[R, T + 2 + T * T] int32: depths, start, end, and the bits of `history`; what the host's
-        bookkeeping needs beside tokens."""
+        bookkeeping needs beside tokens. Memory of its own."""
         history = self.history.flatten(1).view(torch.int32)
         return torch.cat([self.depths, self.start[:, None], self.end[:, None], history], dim=1)

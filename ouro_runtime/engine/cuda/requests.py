@@ -79,25 +79,33 @@ class LaneRequests:
                 self._depths[req_id] += depths
 
     def params(
-        self, slots: np.ndarray, decoding: np.ndarray, resumed: np.ndarray, plan: LanePlan
+        self,
+        slots: np.ndarray,
+        decoding: np.ndarray,
+        resumed: np.ndarray,
+        plan: LanePlan,
+        sampling: Any,
     ) -> LaneParams:
         """Of a step's lanes.
 
         Args:
+            sampling: vLLM's `SamplingStates`.
             resumed: [R] bool: the lane is read out at the last position of what is filled in, and
                 that is no prompt position: it leaves where its rule says.
         """
         book = self.book
-        rows = slice(None) if plan.moving else slice(0, 1)
         return LaneParams(
             threshold=book.threshold[slots],
             limit=np.where(decoding, self.limit[slots], EVERYWHERE),
             run_all=book.exact[slots] | (~decoding & ~resumed),
             once=~decoding | book.single[slots],
             decoding=decoding,
+            slot=slots,
+            temperature=sampling.temperature.np[slots],
+            seed=sampling.seeds.np[slots],
             stops=self.stops[slots],
-            low=plan.low[rows],
-            high=plan.high[rows],
+            low=plan.low,
+            high=plan.high,
         )
 
     def row_stops(

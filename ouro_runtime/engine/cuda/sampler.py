@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from ouro_runtime.engine.cuda.lanes import StepRecord
+from ouro_runtime.engine.cuda.lanes import LaneBuffers, StepRecord
 
 
 @dataclass
@@ -101,6 +102,7 @@ class StepSampling:
                 sampler.penalties_state.output_bin_counts,
             )
         self._last: LogprobsTensors | None = None
+        self.plain = dims is None and is_plain(sampler, batch.idx_mapping_np)
 
     def sample(
         self,
@@ -124,8 +126,8 @@ class StepSampling:
         if self.logprobs is not None and self._last is not None:
             self.logprobs.put(place, read, self._last)
 
-    def output(self, record: StepRecord, decoding: torch.Tensor) -> SamplerOutput:
-        """What vLLM's runner takes: 0..T tokens per request.
+    def output(self, record: StepRecord) -> SamplerOutput:
+        """What vLLM's runner takes: 0..T tokens per request. Memory of its own.
 
         A decoding request was scheduled one position and moves by as many as it brought tokens:
         vLLM moves it by its scheduled positions less the "rejected" ones.
@@ -134,11 +136,11 @@ class StepSampling:
         if self.history is not None:
             self.history.rewind(slots, record.count)
         return SamplerOutput(
-            sampled_token_ids=record.tokens,
+            sampled_token_ids=record.tokens.clone(),
             logprobs_tensors=None if self.logprobs is None else self.logprobs.tensors(),
             num_nans=None,
-            num_sampled=record.count,
-            num_rejected=torch.where(decoding, 1 - record.count, 0).to(torch.int32),
+            num_sampled=record.count.clone(),
+            num_rejected=record.rejected.clone(),
         )
 
     @property
@@ -154,6 +156,43 @@ def remembers(sampler: Any, slots: np.ndarray) -> bool:
         penalties.use_penalty[slots].any()
         or bad_words.num_bad_words.np[slots].any()
         or (others and sampler.needs_logits_processing[slots].any())
+    )
+
+
+def is_plain(sampler: Any, slots: np.ndarray) -> bool:
+    """Whether `sample_plain` is all that the sampler would do for `slots`, log-probabilities aside:
+    each is greedy, or drawn at a temperature and nothing else."""
+    if sampler.trace_replay_state is not None or sampler.return_sampling_mask:
+        return False
+    slots = slots[sampler.needs_logits_processing[slots]]
+    if not len(slots):
+        return True
+    states, budgets = sampler.sampling_states, sampler.thinking_budget_state
+    bias, penalties, bad_words, *others = sampler.logits_processors
+    return not (
+        others
+        or bias.use_logit_bias[slots].any()
+        or penalties.use_penalty[slots].any()
+        or bad_words.num_bad_words.np[slots].any()
+        or (budgets.enabled and budgets.use_thinking_budget[slots].any())
+        or (states.min_p.np[slots] != 0.0).any()
+        or (states.top_k.np[slots] != states.vocab_size).any()
+        or (states.top_p.np[slots] != 1.0).any()
+    )
+
+
+def sample_plain(sampler: Any, buffers: LaneBuffers, logits: torch.Tensor) -> torch.Tensor:
+    """Tokens [M] int64 of the first M lanes' logits [M, vocab], as vLLM's sampler draws them."""
+    lanes = len(logits)
+    return gumbel_sample(
+        logits,
+        buffers.numbers[:lanes],
+        buffers.temperature,
+        buffers.seed,
+        buffers.positions[:lanes],
+        apply_temperature=True,
+        is_drafting=False,
+        use_fp64=sampler.use_fp64_gumbel,
     )
 
 

@@ -21,7 +21,7 @@ from ouro_runtime.config import LoopConfig
 from ouro_runtime.engine.cuda.backend import StepInputs
 from ouro_runtime.engine.cuda.buckets import pass_buckets
 from ouro_runtime.engine.cuda.engine import LaneEngine, make_engine
-from ouro_runtime.engine.cuda.graphs import PassGraphs
+from ouro_runtime.engine.cuda.graphs import StepGraphs
 from ouro_runtime.engine.cuda.lanes import LaneBuffers
 from ouro_runtime.engine.cuda.output import StepBill
 from ouro_runtime.engine.cuda.requests import LaneRequests
@@ -51,7 +51,7 @@ class OuroModelState(ModelState):
             self.dtype,
             device,
         )
-        self.graphs = PassGraphs(device)
+        self.graphs = StepGraphs(device)
         self.engine: LaneEngine | None = None
         self.rows: RowPasses | None = None
         self.sampler: Any = None
@@ -80,7 +80,14 @@ class OuroModelState(ModelState):
         assert cache.shape[2] == block_size, "kernel blocks differ from logical blocks"
         self._tables = block_tables.input_block_tables[0]
         self.engine = make_engine(
-            self.model, self.buffers, self.loops, self.max_model_len, self._run_rows, self.graphs
+            self.model,
+            self.buffers,
+            self.loops,
+            self.max_model_len,
+            self._tables,
+            self._run_rows,
+            self.graphs,
+            self.sampler,
         )
 
     def release(self) -> None:
@@ -96,15 +103,8 @@ class OuroModelState(ModelState):
         if engine.parts is None:
             return
         sizes = self.vllm_config.compilation_config.cudagraph_capture_sizes or ()
-        table = block_tables.input_block_tables[0]
-        self.buffers.active.fill_(False)
-        self.buffers.slots.fill_(-1)
-        self.buffers.seq_lens.zero_()
-        self.buffers.fill_copies.zero_()
-        self.graphs.capture(
-            pass_buckets(sizes, self.max_num_reqs),
-            lambda lanes: engine.pass_over_lanes(lanes, table),
-        )
+        self.buffers.idle()
+        self.graphs.capture(pass_buckets(sizes, self.max_num_reqs), engine.capturable())
         logger.info("Ouro Serve: captured passes of %s lanes", list(self.graphs.buckets))
 
     # ---- requests -------------------------------------------------------------------------------
@@ -186,29 +186,29 @@ class OuroModelState(ModelState):
         heads = decoding | (start + count >= known)
         resumed = heads & ~decoding & (known > requests.prompt[slots])
         plan = requests.book.plan(slots, decoding, heads)
-        params = requests.params(slots, decoding, resumed, plan)
+        params = requests.params(slots, decoding, resumed, plan, self.sampler.sampling_states)
         stops = requests.row_stops(batch.req_ids, slots, start, count, known, decoding)
         late = requests.book.single[slots] & heads
         lanes, rows = batch.num_reqs, batch.num_tokens
         mixed = rows != lanes or engine.parts is None
+        width = lanes if mixed else self.graphs.width(lanes)
+        async_tensor_h2d(params.pack(width, self.max_num_reqs), out=buffers.packed(width))
+        sampling = StepSampling(self.sampler, batch, self.loops, buffers.tokens)
+        engine.begin(batch, sampling, plan.candidates)
         ids = batch.input_ids[:rows]
         inputs = StepInputs(
-            slots=batch.idx_mapping,
-            block_table=self._tables,
+            lanes=lanes,
             head_rows=batch.logits_indices if mixed else None,
             input_ids=ids,
             embedded=self.model.embed_input_ids(ids),
             positions=batch.positions[:rows],
             logical=self._logical[:rows],
-            params=self._to_device(params.pack()),
-            plan=plan,
             candidates=[self._lanes(lanes, chosen) for chosen in plan.candidates],
             padded=batch.num_tokens_after_padding,
+            plain=sampling.plain and not mixed and not late.any() and bool(heads.all()),
             row_stop=None if stops is None else self._to_device(stops),
             defer=self._to_device(late) if late.any() else None,
         )
-        sampling = StepSampling(self.sampler, batch, self.loops, buffers.tokens)
-        engine.begin(batch, sampling, plan.candidates)
         self._late = np.nonzero(late)[0]
         self._bill = StepBill(
             list(batch.req_ids),
@@ -219,7 +219,6 @@ class OuroModelState(ModelState):
             rows,
             self.loops,
         )
-        width = None if mixed else self.graphs.width(lanes)
         return LaneStep(buffers, engine.shape, inputs, engine, width)
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
@@ -262,8 +261,7 @@ class OuroModelState(ModelState):
             record.tokens[lanes, 0] = tokens
             sampling.commit(lanes, record.count[lanes] > 0, tokens, lanes * self.loops)
         self._bill.packed = record.packed()
-        decoding = self._to_device(self._bill.decoding)
-        return sampling.output(record, decoding), sampling.counted
+        return sampling.output(record), sampling.counted
 
     def take_bill(self) -> StepBill | None:
         """The bill of the step whose output was just made."""
