@@ -21,6 +21,7 @@ class LoopRequest:
         single: one token per step (a grammar or a thinking budget needs the host in between).
         depths: depth of each token read out so far. carried: rows left over from the last step.
         slot: where the CPU runner accounts for its stand-ins (`cache/standin.py`).
+        budget: what vLLM counts of its thoughts (`cpu/row_state.py`).
     """
 
     params: ExitParams
@@ -31,6 +32,7 @@ class LoopRequest:
     depths: list[int] = field(default_factory=list)
     carried: list[Carried] = field(default_factory=list)
     slot: int = -1
+    budget: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, sampling: Any, prompt: int, config: LoopConfig) -> "LoopRequest":

@@ -121,6 +121,19 @@ def greedy(max_tokens: int, depth: dict[str, Any] | None = None, **options: Any)
     return SamplingParams(**(settings | options))
 
 
+def count_preemptions(llm: LLM) -> list[str]:
+    """A list that grows by a request id whenever the scheduler preempts."""
+    scheduler, preempted = scheduler_of(llm), []
+    preempt = scheduler._preempt_request
+
+    def noting(request: Any, *args: Any, **kwargs: Any) -> Any:
+        preempted.append(request.request_id)
+        return preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = noting
+    return preempted
+
+
 def generate(
     llm: LLM, prompts: Sequence[Prompt], params: Sequence[SamplingParams] | SamplingParams
 ) -> list[Output]:

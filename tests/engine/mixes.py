@@ -85,7 +85,14 @@ FEATURES: dict[str, tuple[float, Callable[[random.Random], Options]]] = {
         lambda rng: {"logprob_token_ids": tokens(rng, rng.randint(1, 5)), "logprobs": None},
     ),
     "prompt logprobs": (0.1, lambda rng: {"prompt_logprobs": rng.choice([0, 2])}),
-    "budget": (0.25, lambda rng: {"thinking_token_budget": rng.randint(0, 4)}),
+    "budget": (
+        0.25,
+        lambda rng: (
+            {"thinking_token_budget": rng.randint(0, 4)}
+            # Half of them open a thought after each that they had to end.
+            | rng.choice([{}, {"logit_bias": {THINK: 100.0}}])
+        ),
+    ),
     "grammar": (0.15, grammar),
     "stop string": (0.15, lambda rng: {"stop": rng.sample(LETTERS, 2)}),
     "repetition": (

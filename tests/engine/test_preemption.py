@@ -10,7 +10,14 @@ from vllm import LLM
 
 from tests.engine.cases import CHECKPOINTS
 from tests.engine.compare import LOGPROB_TOLERANCE, assert_same
-from tests.engine.harness import Output, assert_idle, engine, generate, greedy, scheduler_of
+from tests.engine.harness import (
+    Output,
+    assert_idle,
+    count_preemptions,
+    engine,
+    generate,
+    greedy,
+)
 
 CHECKPOINT, LOOPS = CHECKPOINTS["t4-mha"], 4
 REQUESTS, TOKENS = 10, 60
@@ -28,19 +35,6 @@ def workload() -> tuple[list[list[int]], list[dict[str, Any]]]:
         else:
             depth.append({"exit_threshold": [0.2, 0.5, 1.0][number % 3]} | mode)
     return prompts, depth
-
-
-def count_preemptions(llm: LLM) -> list[str]:
-    """A list that grows by a request id whenever the scheduler preempts."""
-    scheduler, preempted = scheduler_of(llm), []
-    preempt = scheduler._preempt_request
-
-    def noting(request: Any, *args: Any, **kwargs: Any) -> Any:
-        preempted.append(request.request_id)
-        return preempt(request, *args, **kwargs)
-
-    scheduler._preempt_request = noting
-    return preempted
 
 
 def run(llm: LLM, **sampling: Any) -> list[Output]:

@@ -17,9 +17,21 @@ from vllm import SamplingParams
 from ouro_runtime.engine import features
 from tests.engine.checkpoints import with_byte_tokenizer, write_random
 from tests.engine.compare import assert_same
-from tests.engine.harness import Arrival, Output, assert_idle, drive, engine, scheduler_of
+from tests.engine.harness import (
+    Arrival,
+    Output,
+    assert_idle,
+    count_preemptions,
+    drive,
+    engine,
+    generate,
+    generate_one,
+    greedy,
+    scheduler_of,
+)
 from tests.engine.mixes import (
     LOOPS,
+    THINK,
     VOCAB,
     Options,
     assert_same_values,
@@ -200,3 +212,24 @@ def test_batched_equals_serial(
     assert excused <= compared // 100, f"{excused} of {compared} excused as near ties"
     if kind.startswith("cramped"):
         assert preemptions >= 8, f"only {preemptions} preemptions"
+
+
+def test_a_thought_has_its_budget_whatever_is_preempted(folder: str) -> None:
+    """Thoughts that open again and again, each of as many tokens as alone."""
+    requests = [
+        ([5 + index] * (1 + 3 * (index % 7)), 1 + index % 4, {"exit_threshold": 0.3 * (index % 3)})
+        for index in range(16)
+    ]
+    params = [
+        greedy(60, depth, thinking_token_budget=budget, logit_bias={THINK: 100.0})
+        for _, budget, depth in requests
+    ]
+    with engine(folder, **EVERYTHING, **CRAMPED) as llm:
+        preempted = count_preemptions(llm)
+        alone = [generate_one(llm, r[0], p) for r, p in zip(requests, params, strict=True)]
+        assert not preempted
+        for (_, budget, _), out in zip(requests, alone, strict=True):
+            assert out.tokens[: 2 * budget + 3].count(THINK) >= budget
+        together = generate(llm, [prompt for prompt, _, _ in requests], params)
+        assert len(preempted) >= 5
+    assert [out.tokens for out in together] == [out.tokens for out in alone]

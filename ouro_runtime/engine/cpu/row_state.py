@@ -25,6 +25,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 
 from ouro_runtime.engine.pin import SeamError
+from ouro_runtime.engine.requests import LoopRequest
 
 
 class _Subset:
@@ -117,21 +118,30 @@ def rows_of(metadata: SamplingMetadata, rows: np.ndarray, batch: int) -> Samplin
     )
 
 
-def drop_ended_budgets(metadata: SamplingMetadata, params: list[Any]) -> None:
-    """Forget the thinking budgets of requests that have ended.
+def follow_budgets(
+    metadata: SamplingMetadata, params: list[Any], requests: list[LoopRequest]
+) -> None:
+    """Make vLLM's thinking budgets those of the requests in the rows.
 
-    vLLM 0.32 leaves such a budget behind where a request without one moves into the row, which then
-    has its thoughts ended for it.
+    vLLM 0.32 leaves a budget behind where a request without one moves into the row, which then has
+    its thoughts ended for it. And it counts a budget over the steps, but begins anew from the
+    prompt when a request comes back into the batch (after a preemption, or a step that had no room
+    for it), so that its thoughts end too late.
 
     Args:
-        params: `SamplingParams` of each row.
+        params: `SamplingParams` of each row. requests: of each row; they keep their budgets.
     """
     holder = metadata.thinking_budget_state_holder
     if holder is None:
         return
-    for row in list(holder._state):
+    for row, state in list(holder._state.items()):
         if row >= len(params) or params[row].thinking_token_budget is None:
             del holder._state[row]
+            continue
+        request = requests[row]
+        if request.budget is None:
+            request.budget = state
+        holder._state[row] = request.budget
 
 
 def is_idle(processor: LogitsProcessor) -> bool:

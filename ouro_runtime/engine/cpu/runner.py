@@ -22,7 +22,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from ouro_runtime.cache.pages import LoopPages
 from ouro_runtime.cache.standin import StandIns
 from ouro_runtime.config import LoopConfig
-from ouro_runtime.engine.cpu.row_state import drop_ended_budgets
+from ouro_runtime.engine.cpu.row_state import follow_budgets
 from ouro_runtime.engine.cpu.sampler import StepSampler
 from ouro_runtime.engine.cpu.step import CPUStep
 from ouro_runtime.engine.pin import check_parameters
@@ -110,8 +110,9 @@ class OuroCPUModelRunner(CPUModelRunner):
         assert input_ids is not None
         batch = self.input_batch
         states = [self.requests[req_id] for req_id in batch.req_ids]
-        drop_ended_budgets(batch.sampling_metadata, [state.sampling_params for state in states])
         requests = [self._loop_request(req_id) for req_id in batch.req_ids]
+        params = [state.sampling_params for state in states]
+        follow_budgets(batch.sampling_metadata, params, requests)
         start = batch.num_computed_tokens_cpu
         work = [
             request.work(
