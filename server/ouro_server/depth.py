@@ -164,10 +164,13 @@ def alias_of(body: Mapping[str, Any], served: ServedDepth) -> str | None:
 def refuse_everything(body: Mapping[str, Any], served: ServedDepth | None) -> None:
     """DepthError if a body says anything of depth: for an endpoint that knows none."""
     alias = None if served is None else alias_of(body, served)
+    inner = body.get("sampling_params")
+    extra = inner.get("extra_args") if isinstance(inner, Mapping) else None
     try:
-        _refuse_all(find_controls(body), alias, "this endpoint knows no depth")
-        if served is not None and served.known_xargs:
-            check_xargs(body)
+        for part in (body, {"vllm_xargs": extra} if isinstance(extra, Mapping) else {}):
+            _refuse_all(find_controls(part), alias, "this endpoint knows no depth")
+            if served is not None and served.known_xargs:
+                check_xargs(part)
     except DepthError as error:
         raise shortened(error) from None
 

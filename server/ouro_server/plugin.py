@@ -21,9 +21,10 @@ from ouro_server.metrics import ServerMetrics
 from ouro_server.playground import attach_playground
 from ouro_server.presets import SHIPPED, PresetBook
 from ouro_server.ready import announce_when_ready
-from ouro_server.routes import build_router, guard_others
+from ouro_server.routes import build_router, drop_elastic, guard_others
 from ouro_server.served import ServedDepth
 from ouro_server.serving import DepthServingChat, DepthServingCompletion, adopt, read_token_ids
+from ouro_server.serving_messages import DepthServingMessages
 from ouro_server.serving_responses import DepthServingResponses
 from ouro_server.steering import Steering
 from ouro_server.vllm_api import BaseModelPath
@@ -51,6 +52,7 @@ class DepthEndpoints:
         app.include_router(build_router())
         app.include_router(build_depth_router())
         guard_others(app)
+        drop_elastic(app)
         attach_playground(app)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
@@ -89,6 +91,9 @@ class DepthEndpoints:
             state.openai_serving_responses, DepthServingResponses, served
         )
         state.openai_serving_responses.door = door
+        state.anthropic_serving_messages = adopt(
+            state.anthropic_serving_messages, DepthServingMessages, served
+        )
         for name in PARSING:
             read_token_ids(getattr(state, name))
         if vllm_config.parallel_config._api_process_rank == 0:

@@ -48,6 +48,9 @@ OTHER_ENDPOINTS = (
 READING_ENDPOINTS = ("/detokenize", "/tokenize", "/v1/messages/count_tokens")
 """vLLM's endpoints that take a body to which depth means nothing."""
 
+ELASTIC_ENDPOINTS = ("/is_scaling_elastic_ep", "/scale_elastic_ep")
+"""vLLM's endpoints that add engines for experts, which no looped model has; no key guards them."""
+
 CHECKS = [Depends(reads_requests), Depends(validate_json_request), Depends(check_body)]
 """What every endpoint that reads a client's body begins with."""
 
@@ -140,3 +143,12 @@ def guard_others(app: FastAPI) -> None:
                 response_class=route.response_class,
                 dependencies=[*checks[route.path], *route.dependencies],
             )
+
+
+def drop_elastic(app: FastAPI) -> None:
+    """Take out what scales expert parallelism."""
+    app.router.routes[:] = [
+        route
+        for route in app.router.routes
+        if not (isinstance(route, APIRoute) and route.path in ELASTIC_ENDPOINTS)
+    ]

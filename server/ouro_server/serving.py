@@ -97,10 +97,17 @@ async def begun(answer: Any, raw_request: Any) -> Any:
     if not isinstance(answer, AsyncGenerator) or getattr(args, "sse_keep_alive_interval", 0) > 0:
         return answer
     first = await anext(answer, None)
-    if first is not None and first.startswith('data: {"error"'):
+    if first is not None and (error := error_of(first)) is not None:
         await answer.aclose()
-        return ErrorResponse.model_validate_json(first.removeprefix("data: "))
+        return error
     return _resumed(first, answer)
+
+
+def error_of(event: str) -> ErrorResponse | None:
+    """The error that an event of a chat or completion stream is, if it is one."""
+    if not event.startswith('data: {"error"'):
+        return None
+    return ErrorResponse.model_validate_json(event.removeprefix("data: "))
 
 
 async def _resumed(

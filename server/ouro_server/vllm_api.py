@@ -1,5 +1,7 @@
 """All that the server takes from vLLM: the one file of this package that imports it."""
 
+from vllm.entrypoints.anthropic.protocol import AnthropicError, AnthropicStreamEvent
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.launchers.api_server import entry as api_server
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -40,6 +42,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 __all__ = [
+    "AnthropicError",
+    "AnthropicServingMessages",
+    "AnthropicStreamEvent",
     "BaseModelPath",
     "ChatCompletionRequest",
     "ChatCompletionResponse",

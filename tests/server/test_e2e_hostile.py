@@ -42,6 +42,24 @@ def ask(live: Live, path: str, body: dict[str, Any] | bytes) -> httpx.Response:
     return live.http.request(method, path, content=encoded(body), headers=HEADERS)
 
 
+SHAPES = (b"[]", b'"a"', b"3", b"null", b"{}", b"{", b"", b"[" * 99_999, b'{"a":' * 99_999)
+
+
+def test_no_endpoint_at_all_fails_at_a_body_of_another_shape(live: Live) -> None:
+    """Of every route the server has, those that nobody thought of included."""
+    paths = live.http.get("/openapi.json").json()["paths"]
+    asked = 0
+    for path, methods in paths.items():
+        for method in methods.keys() & {"post", "put", "patch"}:
+            for content in SHAPES:
+                answer = live.http.request(method, path, content=content, headers=HEADERS)
+                assert answer.status_code < 500 or answer.status_code == 501, (path, content[:9])
+                asked += 1
+    assert asked >= len(VALID) * len(SHAPES)
+    assert "/scale_elastic_ep" not in paths
+    assert_idle(live)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", GENERATING)
 def test_a_constraint_that_leads_nowhere_is_the_clients_error(

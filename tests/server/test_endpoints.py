@@ -130,6 +130,16 @@ def test_endpoints_that_know_no_depth_refuse_it(served: tuple[TestClient, Seen],
         assert "knows no depth" not in post(client, path, REFUSING[path]).text
 
 
+def test_depth_inside_a_requests_sampling_parameters_is_refused_too(
+    served: tuple[TestClient, Seen],
+) -> None:
+    client, _ = served
+    for extra, name in (({"exit_threshold": 0.5}, "exit_threshold"), ({"exit_mod": 1}, "exit_mod")):
+        body = REFUSING["/generative_scoring"] | {"sampling_params": {"extra_args": extra}}
+        answer = post(client, "/generative_scoring", body)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == name
+
+
 def test_malformed_requests_are_vllms_to_refuse(served: tuple[TestClient, Seen]) -> None:
     client, _ = served
     headers = {"content-type": "application/json"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 
 from ouro_server.errors import STOPPED
 from ouro_server.serving import DepthServingChat, DepthServingCompletion, begun
+from ouro_server.serving_messages import DepthServingMessages
 from ouro_server.serving_responses import DepthServingResponses
 from ouro_server.vllm_api import (
     EngineDeadError,
     ErrorResponse,
+    OpenAIServingChat,
     OpenAIServingResponses,
     VLLMValidationError,
     create_error_response,
@@ -123,3 +126,39 @@ def test_a_stream_of_responses_that_fails_ends_with_an_error_event(
 
     last = asyncio.run(run())[-1]
     assert (last.type, last.code, last.sequence_number) == ("error", code, 1)
+
+
+def test_a_stream_of_messages_that_fails_ends_with_an_error_event() -> None:
+    """Not with what vLLM's converter makes of an error that it takes for a piece of the answer."""
+    messages = handler(DepthServingMessages)
+    chunk = (
+        'data: {"id": "a", "object": "chat.completion.chunk", "created": 1, "model": "m", '
+        '"choices": [{"index": 0, "delta": {"role": "assistant", "content": "x"}}], '
+        '"usage": {"prompt_tokens": 1, "total_tokens": 1, "completion_tokens": 0}}\n\n'
+    )
+    stream = Stream(chunk, f"data: {messages.create_streaming_error_response(EngineDeadError())}")
+
+    async def run() -> list[str]:
+        return [event async for event in messages.message_stream_converter(stream())]
+
+    events = asyncio.run(run())
+    assert len(events) > 1 and events[0].startswith("event: message_start")
+    kind, said = events[-1].removesuffix("\n\n").split("\ndata: ")
+    assert kind == "event: error"
+    wanted = {"type": "ServiceUnavailableError", "message": STOPPED}
+    assert json.loads(said) == {"type": "error", "error": wanted}
+    assert stream.closed
+
+
+def test_a_stream_of_messages_that_begins_with_an_error_is_that_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    error = create_error_response("no")
+    stream = Stream(f"data: {error.model_dump_json()}\n\n")
+
+    async def create(self: Any, request: Any, raw_request: Any = None) -> Any:
+        return stream()
+
+    monkeypatch.setattr(OpenAIServingChat, "create_chat_completion", create)
+    answer = handler(DepthServingMessages).create_chat_completion(None, raw())
+    assert asyncio.run(answer) == error
