@@ -96,6 +96,8 @@ def rival(case: Case, kwargs: dict[str, Any]) -> Callable[[], torch.Tensor] | No
         from vllm.vllm_flash_attn import flash_attn_varlen_func
     except ImportError:
         return None
+    if case.op == "read_out" and not case.variant:
+        return lambda: torch.nn.functional.linear(kwargs["hidden"], kwargs["weight"])
     if case.op == "sandwich_norm":
         x, eps = kwargs["x"], kwargs["eps"]
         first = kwargs.get("post_weight", kwargs.get("weight"))

@@ -265,6 +265,22 @@ def _next_pass(shape: Shape) -> Iterator[Case]:
     )
 
 
+def _read_out(shape: Shape) -> Iterator[Case]:
+    def make(device, reads=1):
+        return {
+            "hidden": _randn(shape, device, shape.rows, shape.hidden),
+            "weight": _randn(shape, device, shape.vocab, shape.hidden) / shape.hidden**0.5,
+            "read_mask": _vector(shape, device, reads, torch.bool),
+        }
+
+    size = shape.dtype.itemsize
+    logits = shape.rows * (shape.vocab * size + 1)
+    weight = min(shape.rows, 1) * shape.vocab * shape.hidden * size
+    states = shape.rows * shape.hidden * size
+    yield Case("read_out", "read_out", "", shape, logits + weight + states, make)
+    yield Case("read_out", "read_out", "nobody", shape, logits, lambda device: make(device, 0))
+
+
 def cases(shape: Shape) -> Iterator[Case]:
     """Every op at `shape`, with the fp8 and grouped-query forms of those that have them."""
     fp8 = replace(shape, kv_dtype=FP8)
@@ -281,3 +297,4 @@ def cases(shape: Shape) -> Iterator[Case]:
     yield from _attention(replace(grouped, kv_dtype=FP8), None, "gqa+fp8")
     yield from _standin_fill(shape)
     yield from _next_pass(shape)
+    yield from _read_out(shape)

@@ -24,6 +24,7 @@ OPS = (
     "exit_gate",
     "loop_decode_attention",
     "next_pass",
+    "read_out",
     "rope_kv_write",
     "sandwich_norm",
     "standin_fill",

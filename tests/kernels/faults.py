@@ -33,6 +33,18 @@ FAULTS: dict[str, list[tuple[str, str]]] = {
         ("tl.store(hidden + row * hidden_stride", "tl.store(hidden + row * embedding_stride"),
         ("value, mask=col < size)", "value)"),
     ],
+    "read_out": [
+        ("tl.max(read, axis=0) != 0", "tl.min(read, axis=0) != 0"),
+        ("tl.max(read, axis=0) != 0", "tl.max(read, axis=0) >= 0"),
+        ("(read != 0)[:, None] & inside", "(row < rows)[:, None] & inside"),
+        ("inside = first + col < size", "inside = col < size"),
+        ("(entry < vocab)[None, :] & inside", "(entry < vocab)[None, :] | inside"),
+        ("total = tl.dot(a, b, total", "total = tl.dot(a, b, total * 0"),
+        ("mask=row < rows, other=0)", "mask=row < rows, other=1)"),
+        ("row.to(tl.int64)[:, None] * hidden_stride", "row[:, None] * hidden_stride"),
+        ("entry.to(tl.int64)[None, :] * weight_stride", "entry[None, :] * weight_stride"),
+        ("right += BLOCK_K", "right += 1"),
+    ],
     "rope_kv_write": [
         ("if slot < 0:", "if slot <= 0:"),
         ("if slot < 0:", "if slot < -1:"),

@@ -160,8 +160,10 @@ class Vast:
     APART = 2**30
     """Elements from one to the next of three, so that the third lies at 2**31."""
 
+    BYTES = 2**34 + 2**26
+
     def __init__(self, device: torch.device) -> None:
-        size = 2**34 + 2**26
+        size = self.BYTES
         if device.type == "cpu":
             flags = (
                 mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000

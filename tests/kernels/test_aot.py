@@ -22,6 +22,7 @@ KERNELS = {
     "combine",
     "standin_fill",
     "next_pass",
+    "read_out",
 }
 
 
@@ -49,8 +50,8 @@ def test_every_kernel_compiles_for_hopper_without_spills(tmp_path, capsys):
         assert row.kernel in done.stdout
 
 
-def test_recording_runs_nothing_and_ends():
-    x, weight = torch.ones(2, 8), torch.ones(8)
+def test_recording_runs_nothing_and_ends(device):
+    x, weight = torch.ones(2, 8, device=device), torch.ones(8, device=device)
     with recording() as recorded:
         out = sandwich.rms_norm(x, weight, 1e-6)
     assert len(recorded) == 1

@@ -11,6 +11,8 @@ N = 3
 
 @pytest.fixture
 def vast(device):
+    if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 2 * Vast.BYTES:
+        pytest.skip(f"needs {2 * Vast.BYTES >> 30} GiB of free GPU memory")
     return Vast(device)
 
 
@@ -58,6 +60,14 @@ def _caches(vast, dim, device):
     return {
         name: vast.place(_randn(N, N, N, 16, device=device), dim) for name in ("k_cache", "v_cache")
     }
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight"])
+def test_read_out(name, vast, device):
+    kwargs = {key: _randn(N, 16, device=device) for key in ("hidden", "weight")}
+    kwargs[name] = vast.place(kwargs[name], 0)
+    mask = torch.tensor([True, False, True], device=device)
+    check_against_reference("read_out", "read_out", read_mask=mask, **kwargs)
 
 
 @pytest.mark.parametrize("dim", range(3), ids=["pages", "offsets", "heads"])

@@ -50,7 +50,9 @@ def read_out(hidden, weight, read_mask):
     block_m = min(max(pow2(rows), 16), 128)
     # A tile of the weight fills the same bytes whatever its dtype.
     wide = block_m > 32
-    block_n, block_k = (128, 128 // hidden.element_size()) if wide else (64, 256 // hidden.element_size())
+    block_n, block_k = (
+        (128, 128 // hidden.element_size()) if wide else (64, 256 // hidden.element_size())
+    )
     launch(
         _read_out_kernel,
         (triton.cdiv(vocab, block_n), triton.cdiv(rows, block_m)),
