@@ -19,6 +19,10 @@ INPUT_BATCH = """
 """Fields of `InputBatch` that are read or replaced."""
 
 
+DRAWS = ("thinking_budget_state", "apply_temperature", "apply_min_p", "apply_top_k_top_p")
+"""What vLLM's sampler does to logits after its processors: `is_plain` asks for each."""
+
+
 def check() -> None:
     """Raise SeamError for the first thing that is not as the seam was written for.
 
@@ -31,6 +35,7 @@ def check() -> None:
         from vllm.v1.worker.gpu import async_utils, attn_utils, model_runner
         from vllm.v1.worker.gpu.input_batch import InputBatch
         from vllm.v1.worker.gpu.model_states.interface import ModelState
+        from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
         from vllm.v1.worker.gpu.sample.output import SamplerOutput
         from vllm.v1.worker.gpu.sample.sampler import Sampler
         from vllm.v1.worker.gpu_worker import Worker
@@ -54,6 +59,13 @@ def check() -> None:
     check_parameters(attn_utils.build_slot_mappings_by_layer, "slot_mappings", "kv_cache_config")
     check_parameters(Sampler.__call__, "logits", "input_batch")
     check_parameters(Sampler.get_logprobs_dims, "idx_mapping_np")
+    # `sample_plain` draws as the sampler does for requests that ask for nothing else.
+    check_parameters(
+        gumbel_sample,
+        *"logits expanded_idx_mapping temperature seed pos apply_temperature use_fp64".split(),
+    )
+    mentions(Sampler.apply_sampling_params, "needs_logits_processing", ".logits_processors", *DRAWS)
+    mentions(Sampler._sample_random, "apply_top_k_top_p(", "gumbel_sample(")
     check_parameters(Worker._make_model_runner, "self")
     check_parameters(runner.sample_tokens, "grammar_output")
     check_parameters(runner.finish_requests, "scheduler_output")
