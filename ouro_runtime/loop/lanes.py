@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ouro_runtime.config import ExitParams
+from ouro_runtime.loop.limits import forced_place
 
 
 @dataclass
@@ -94,7 +95,7 @@ class LaneBook:
         lows, highs, candidates = [], [], []
         for _ in range(self.loops):
             if moving:
-                depth = self._forced[slots, token % np.maximum(forced, 1)]
+                depth = self._forced[slots, forced_place(token, forced)]
                 low = np.where(forced > 0, depth, low)
                 high = np.where(forced > 0, depth, high)
             lows.append(low)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 
 def last_readout(prompt: int, max_tokens: int, longest: int) -> int:
     """The last position of a request that may be read out.
@@ -32,3 +34,8 @@ def replayed(
     """
     first, behind = max(start, prompt), min(end, known - 1)
     return first - start, depths[first - prompt + 1 : max(first, behind) - prompt + 1]
+
+
+def forced_place(token: np.ndarray, length: np.ndarray | int) -> np.ndarray:
+    """Where token number `token` finds its depth among `length` forced ones: they repeat."""
+    return token % np.maximum(length, 1)

@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 
 from ouro_runtime.exit.cdf import exit_cdf
-from ouro_runtime.loop.limits import replayed
+from ouro_runtime.loop.limits import forced_place, replayed
 from ouro_runtime.loop.rows import (
     HEAD,
     NOBODY,
@@ -112,7 +112,7 @@ class StepPlan:
         for index, w in enumerate(work):
             if w.forced is not None:
                 token = w.known - w.prompt + ahead
-                low[index] = high[index] = w.forced.take(token, mode="wrap")
+                low[index] = high[index] = w.forced[forced_place(token, len(w.forced))]
         return low, high
 
     def segments(self) -> Segments:
