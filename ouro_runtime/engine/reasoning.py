@@ -8,9 +8,11 @@ by its token ids too, which vLLM does not hand to reasoning parsers.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from tokenizers.decoders import DecodeStream
 from vllm.parser.engine.adapters import ParserEngineReasoningAdapter
 from vllm.parser.engine.events import EventType
 from vllm.parser.engine.parser_engine import ParserEngine
@@ -112,6 +114,59 @@ class OuroReasoningParser(ParserEngineReasoningAdapter):
         return count
 
 
+class LateText:
+    """Token ids of a stream, held back until their text is there.
+
+    Stop strings keep the end of a text back, so that it comes some tokens late, while vLLM's
+    scanner looks for the text of special tokens beside their ids. Several tokens in a delta, and it
+    takes one for another.
+
+    Args:
+        tokenizer: a fast one of transformers; with any other nothing is held back.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer: Any = getattr(tokenizer, "_tokenizer", None)
+        self._stream = DecodeStream(skip_special_tokens=False)
+        self._waiting: deque[tuple[int, str]] = deque()
+        self._text = ""
+
+    def add(self, text: str, token_ids: Sequence[int], finished: bool) -> tuple[str, list[int]]:
+        """The text and ids of the tokens that are complete with this delta."""
+        if self._tokenizer is None:
+            return text, list(token_ids)
+        self._text += text
+        for token_id in token_ids:
+            self._waiting.append((token_id, self._piece(token_id)))
+        ready: list[int] = []
+        end = 0
+        while self._waiting and self._text.startswith(self._waiting[0][1], end):
+            token_id, piece = self._waiting.popleft()
+            ready.append(token_id)
+            end += len(piece)
+        if self._waiting and not self._waiting[0][1].startswith(self._text[end:]):
+            return self._give_up(ready)  # text that these ids do not spell
+        # A stop string cuts the text: what comes after it is no part of the answer.
+        end = len(self._text) if finished else end
+        done, self._text = self._text[:end], self._text[end:]
+        return done, ready
+
+    def _piece(self, token_id: int) -> str:
+        """The text that a token adds; none while a character is not whole yet."""
+        try:
+            return self._stream.step(self._tokenizer, token_id) or ""
+        except Exception:  # not Unicode: vLLM begins its stream anew as well
+            self._stream = DecodeStream(skip_special_tokens=False)
+            return self._stream.step(self._tokenizer, token_id) or ""
+
+    def _give_up(self, ready: list[int]) -> tuple[str, list[int]]:
+        """From here on as it comes."""
+        ids = ready + [token_id for token_id, _ in self._waiting]
+        text, self._text, self._tokenizer = self._text, "", None
+        self._waiting.clear()
+        return text, ids
+
+
 def reading_ids(parser_cls: Any) -> Any:
     """A composed vLLM parser class that hands token ids to an `OuroReasoningParser`."""
 
@@ -149,9 +204,10 @@ def reading_ids(parser_cls: Any) -> Any:
                     and bool(request.tools)
                     and request.tool_choice != "none"
                 )
-            return super().parse_delta(
-                delta_text, delta_token_ids, request, prompt_token_ids, finished=finished
-            )
+            if not hasattr(self, "_late"):
+                self._late = LateText(reasoning.model_tokenizer)
+            text, ids = self._late.add(delta_text, delta_token_ids, finished)
+            return super().parse_delta(text, ids, request, prompt_token_ids, finished=finished)
 
     is_ours = issubclass(parser_cls.reasoning_parser_cls or object, OuroReasoningParser)
     return IdParser if is_ours else parser_cls

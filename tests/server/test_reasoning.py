@@ -10,9 +10,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 from vllm.parser.parser_manager import ParserManager
 
-from ouro_runtime.engine.reasoning import OuroReasoningParser, reading_ids
+from ouro_runtime.engine.reasoning import LateText, OuroReasoningParser, reading_ids
 from ouro_runtime.training.tokenizer import train_tokenizer
 
+BOUNDARY = "<|im_end|>"
 PROMPT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 TOOL = [SimpleNamespace(type="function", function=SimpleNamespace(name="f", parameters={}))]
 
@@ -34,7 +35,9 @@ TURNS = [
 def tokenizer() -> PreTrainedTokenizerFast:
     texts = ["user\nhi assistant\nwhy not because plain answer never closed cut off"] * 3
     return PreTrainedTokenizerFast(
-        tokenizer_object=train_tokenizer(texts, 300), clean_up_tokenization_spaces=False
+        tokenizer_object=train_tokenizer(texts, 300),
+        clean_up_tokenization_spaces=False,
+        eos_token=BOUNDARY,
     )
 
 
@@ -96,6 +99,42 @@ def test_a_turn_is_split_alike_in_streams_and_complete_answers(
     assert complete(tokenizer, prompt, ids) == (reasoning, content)
     for seed in range(20):
         assert streamed(tokenizer, prompt, ids, random.Random(seed)) == (reasoning, content)
+
+
+@pytest.mark.parametrize(
+    ("generated", "content"),
+    [
+        (BOUNDARY * 9, None),
+        (f"plain{BOUNDARY}{BOUNDARY} answer{BOUNDARY}", "plain answer"),
+        (f"{BOUNDARY}why{BOUNDARY * 4}not{BOUNDARY}because{BOUNDARY * 2} x", "whynotbecause x"),
+    ],
+)
+def test_boundaries_in_late_text_are_no_content(
+    tokenizer: Any, generated: str, content: str | None
+) -> None:
+    """With `ignore_eos` a model goes on after the end of its turn."""
+    ids = tokenizer.encode(generated)
+    assert complete(tokenizer, PROMPT, ids) == (None, content)
+    for seed in range(60):
+        assert streamed(tokenizer, PROMPT, ids, random.Random(seed)) == (None, content), seed
+
+
+def test_a_stop_string_cuts_off_the_ids_behind_it(tokenizer: Any) -> None:
+    """The last delta has text up to the stop string only; a tag after it has no part in it."""
+    late = LateText(tokenizer)
+    ids = tokenizer.encode("why not</think>because")
+    at = ids.index(4)
+    assert late.add("", ids[:at], False) == ("", [])
+    text, ready = late.add("why no", ids[at:], True)
+    assert text == "why no"
+    assert 4 not in ready and len(ready) < at
+
+
+def test_text_that_its_ids_do_not_spell_comes_as_it_is(tokenizer: Any) -> None:
+    late = LateText(tokenizer)
+    ids = tokenizer.encode("plain answer")
+    assert late.add("PL", ids[:1], False) == ("PL", ids[:1])
+    assert late.add("AIN", ids[1:], False) == ("AIN", ids[1:])
 
 
 def test_text_that_spells_a_tag_is_no_tag(tokenizer: Any) -> None:
