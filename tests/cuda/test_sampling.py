@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,10 +15,10 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from tests.cuda import bench
 from tests.engine.cases import CHECKPOINTS
-from tests.engine.compare import LOGPROB_TOLERANCE, assert_same
-from tests.engine.harness import Arrival, Output, drive, generate, generate_one, greedy
+from tests.engine.compare import LOGPROB_TOLERANCE, assert_same, reference_run, same
+from tests.engine.harness import Arrival, drive, generate, generate_one, greedy
 from tests.engine.mixes import SCHEMA, assert_same_values, random_request, sampling, tokens
-from tests.reference.model import Generation, Reference
+from tests.reference.model import Reference
 
 TOKENS = 12
 TEXT = list(b"how now")
@@ -33,22 +33,7 @@ def reference() -> Reference:
     return Reference(CHECKPOINTS["t4-mha"])
 
 
-def expect(
-    reference: Reference, prompt: Sequence[int], depth: dict[str, Any], **options: Any
-) -> Generation:
-    return reference.generate(
-        prompt,
-        TOKENS,
-        threshold=depth.get("exit_threshold", 1.0),
-        mode=depth.get("exit_mode", "skip"),
-        forced_depths=depth.get("forced_depths"),
-        **options,
-    )
-
-
-def same(what: str, out: Output, expected: Generation) -> None:
-    margins = [expected.margin(index) for index in range(len(expected.tokens))]
-    assert_same(what, out.tokens, out.depths, expected.tokens, expected.depths, margins)
+expect = partial(reference_run, max_tokens=TOKENS)
 
 
 def test_penalties_and_bad_words_see_the_tokens_of_the_same_step(

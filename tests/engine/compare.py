@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from tests.engine.cases import NEAR, Case
+
+if TYPE_CHECKING:
+    from tests.engine.harness import Output
+    from tests.reference.model import Generation, Reference
 
 LOGPROB_TOLERANCE = 1e-4
 CDF_TOLERANCE = 1e-3
@@ -96,3 +101,27 @@ def assert_case(
             f"{case.name}: log-probability of token {index} is {logprobs[index]:.6f}, "
             f"expected {case.logprobs[index]:.6f}"
         )
+
+
+def reference_run(
+    reference: Reference,
+    prompt: Sequence[int],
+    depth: Mapping[str, Any],
+    max_tokens: int,
+    **options: Any,
+) -> Generation:
+    """What the released code generates with the depth controls of a request."""
+    return reference.generate(
+        prompt,
+        max_tokens,
+        threshold=depth.get("exit_threshold", 1.0),
+        mode=depth.get("exit_mode", "skip"),
+        forced_depths=depth.get("forced_depths"),
+        **options,
+    )
+
+
+def same(what: str, out: Output, wanted: Generation) -> None:
+    """Tokens and depths, as far as no decision was too close."""
+    margins = [wanted.margin(index) for index in range(len(wanted.tokens))]
+    assert_same(what, out.tokens, out.depths, wanted.tokens, wanted.depths, margins)

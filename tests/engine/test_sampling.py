@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,9 +14,9 @@ from vllm import LLM, SamplingParams
 
 from tests.engine.cases import CHECKPOINTS, golden_records
 from tests.engine.checkpoints import with_byte_tokenizer
-from tests.engine.compare import LOGPROB_TOLERANCE, assert_same
+from tests.engine.compare import LOGPROB_TOLERANCE, assert_same, reference_run, same
 from tests.engine.harness import Output, engine, generate, generate_one, greedy
-from tests.reference.model import Generation, Reference
+from tests.reference.model import Reference
 
 TOKENS = 24
 DEPTH = {
@@ -48,23 +49,7 @@ def depth(request: pytest.FixtureRequest) -> dict[str, Any]:
     return DEPTH[request.param]
 
 
-def expect(
-    reference: Reference, prompt: Sequence[int], depth: dict[str, Any], **options: Any
-) -> Generation:
-    options = {"max_tokens": TOKENS} | options
-    return reference.generate(
-        prompt,
-        options.pop("max_tokens"),
-        threshold=depth.get("exit_threshold", 1.0),
-        mode=depth.get("exit_mode", "skip"),
-        forced_depths=depth.get("forced_depths"),
-        **options,
-    )
-
-
-def same(what: str, out: Output, expected: Generation) -> None:
-    margins = [expected.margin(index) for index in range(len(expected.tokens))]
-    assert_same(what, out.tokens, out.depths, expected.tokens, expected.depths, margins)
+expect = partial(reference_run, max_tokens=TOKENS)
 
 
 @pytest.mark.parametrize(
