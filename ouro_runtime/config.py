@@ -1,12 +1,14 @@
 """What a checkpoint, a server and a request say about loops.
 
-`OuroConfig` reads a released `config.json`. `LoopConfig` holds the server's defaults. `ExitParams`
-are one request's depth controls. Each is validated once, here, and trusted everywhere else.
+`OuroConfig` reads a released `config.json`; `FIELDS` is what may stand in it. `LoopConfig` holds
+the server's defaults. `ExitParams` are one request's depth controls. Each is validated once, here,
+and trusted everywhere else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -28,6 +30,123 @@ class DepthError(ValueError):
     def __init__(self, param: str, message: str) -> None:
         super().__init__(message)
         self.param = param
+
+
+MOST_LOOPS = 63
+"""T at most: `loop/lanes.py` keeps the loops a lane may have behind it as bits of an int64, and
+`cache/standin.py` a depth as a uint8."""
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+"""Those that transformers can check and vLLM can compute."""
+
+SHOWN = 80
+"""Characters of a wrong value that a message repeats."""
+
+
+class ConfigError(ValueError):
+    """A field of `config.json` that cannot be served; the message names it and what is allowed."""
+
+
+class Rule(NamedTuple):
+    """What a field may hold: in words, and as a test."""
+
+    allowed: str
+    holds: Callable[[Any], bool]
+
+
+def _is_number(value: Any) -> bool:
+    """A finite one, that is also a float; true and false are none."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _integer(low: int, high: int) -> Rule:
+    return Rule(f"an integer from {low} to {high}", lambda v: _is_integer(v) and low <= v <= high)
+
+
+def _or_null(rule: Rule) -> Rule:
+    return Rule(f"{rule.allowed}, or null", lambda v: v is None or rule.holds(v))
+
+
+def _is_rope(value: Any) -> bool:
+    """Whether `value` is a rope_scaling: its type, and numbers, a factor among them for most."""
+    if not isinstance(value, Mapping):
+        return False
+    kind = value.get("rope_type", value.get("type", "default"))
+    numbers = {k: v for k, v in value.items() if k not in ("rope_type", "type")}
+    lists = [v if isinstance(v, list) else [v] for v in numbers.values() if v is not None]
+    return (
+        kind in ROPE_TYPES
+        and all(_is_number(v) or isinstance(v, bool) for values in lists for v in values)
+        and (kind in ("default", "longrope") or _is_number(value.get("factor")))
+    )
+
+
+_POSITIVE = Rule("a number above 0", lambda v: _is_number(v) and v > 0)
+_DTYPE = _or_null(Rule(f"one of {', '.join(DTYPES)}", lambda v: v in DTYPES))
+_ROPE = _or_null(
+    Rule(
+        f"an object whose rope_type is one of {', '.join(ROPE_TYPES)}, with a number as factor "
+        "where the type needs one, and numbers in its other fields",
+        _is_rope,
+    )
+)
+_TOKEN = _or_null(Rule("a token id", _is_integer))
+
+FIELDS: Mapping[str, Rule] = {
+    "total_ut_steps": _integer(1, MOST_LOOPS),
+    "early_exit_threshold": _or_null(
+        Rule("a number of 0 or more", lambda v: _is_number(v) and v >= 0)
+    ),
+    "max_position_embeddings": _integer(1, 2**31 - 1),
+    "hidden_act": Rule("'silu'", lambda v: v == "silu"),
+    "rms_norm_eps": _POSITIVE,
+    "rope_theta": _POSITIVE,
+    "rope_scaling": _ROPE,
+    "rope_parameters": _ROPE,
+    "torch_dtype": _DTYPE,
+    "dtype": _DTYPE,
+    "use_sliding_window": _or_null(Rule("false", lambda v: v is False)),
+    "layer_types": _or_null(
+        Rule(
+            "a list of 'full_attention'",
+            lambda v: isinstance(v, list) and all(kind == "full_attention" for kind in v),
+        )
+    ),
+    "tie_word_embeddings": Rule("true or false", lambda v: isinstance(v, bool)),
+    "quantization_config": _or_null(Rule("an object", lambda v: isinstance(v, Mapping))),
+    "bos_token_id": _TOKEN,
+    "pad_token_id": _TOKEN,
+    "eos_token_id": _or_null(
+        Rule(
+            "a token id or a list of them",
+            lambda v: all(map(_is_integer, v if isinstance(v, list) else [v])),
+        )
+    ),
+}
+"""The fields of `config.json` that the model is computed by, or that would change what it computes
+if it were another one. The sizes that tensors follow from are `model/checkpoint.py`'s."""
+
+
+def check_config(config: Mapping[str, Any], source: str = "config.json") -> None:
+    """Check the fields that `config` has.
+
+    Args:
+        source: where they stand, for the message.
+
+    Raises:
+        ConfigError: naming the first field that is wrong, and what is allowed.
+    """
+    for name, rule in FIELDS.items():
+        if name in config and not rule.holds(config[name]):
+            said = repr(config[name])
+            said = said if len(said) <= SHOWN else f"{said[:SHOWN]}..."
+            raise ConfigError(f"{source}: {name} must be {rule.allowed}, got {said}")
 
 
 class OuroConfig(PretrainedConfig):
@@ -83,6 +202,12 @@ class OuroConfig(PretrainedConfig):
         self.early_exit_threshold = early_exit_threshold
         kwargs.pop("auto_map", None)
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A `config.json` as it was read, from wherever; ConfigError for one that is wrong."""
+        check_config(config_dict)
+        return super().from_dict(config_dict, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -165,23 +290,20 @@ class LoopConfig:
         """From a checkpoint's config and the server's own settings (`additional_config["ouro"]`).
 
         Raises:
+            ConfigError: for a checkpoint's field that is wrong.
             DepthError: naming the setting that is wrong, also for an unknown one.
         """
-        loops = getattr(hf_config, "total_ut_steps", None)
-        if isinstance(loops, bool) or not isinstance(loops, int) or loops < 1:
-            raise DepthError(
-                "total_ut_steps",
-                f"total_ut_steps in config.json must be an integer of 1 or more, got {loops!r}",
-            )
+        loops: Any = getattr(hf_config, "total_ut_steps", None)
+        threshold = getattr(hf_config, "early_exit_threshold", None)
+        check_config({"total_ut_steps": loops, "early_exit_threshold": threshold})
         given = dict(given or {})
         for name in given:
             if name not in DEPTH_FIELDS:
                 raise DepthError(
                     name, f"unknown setting {name!r} of ouro; known are {', '.join(DEPTH_FIELDS)}"
                 )
-        threshold = getattr(hf_config, "early_exit_threshold", None)
         threshold = 1.0 if threshold is None else min(float(threshold), 1.0)
-        built_in = ExitParams(check_threshold(threshold), 1, loops, "skip")
+        built_in = ExitParams(threshold, 1, loops, "skip")
         return cls(loops, ExitParams.parse(given, built_in, loops))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from ouro_runtime.config import LoopConfig
+from ouro_runtime.config import LoopConfig, check_config
 
 SCHEDULER = "ouro_runtime.engine.cpu.scheduler.OuroScheduler"
 CPU_WORKER = "ouro_runtime.engine.cpu.worker.OuroCPUWorker"
@@ -37,6 +37,8 @@ class OuroConfigHook(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
+        # Once more: hf_overrides came after the file was read.
+        check_config(vllm_config.model_config.hf_config.to_dict(), "config.json and hf_overrides")
         LoopConfig.of(vllm_config)
         refuse(vllm_config)
         if current_platform.is_cuda():

@@ -1,21 +1,33 @@
 """What the command line must know of a checkpoint before vLLM loads it."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from tokenizers import Tokenizer
+
 import ouro_runtime
-from ouro_runtime.config import DepthError, LoopConfig, check_loops, check_mode, check_threshold
-from ouro_runtime.model.checkpoint import CheckpointError, check_checkpoint
+from ouro_runtime.config import (
+    ConfigError,
+    DepthError,
+    LoopConfig,
+    OuroConfig,
+    check_config,
+    check_loops,
+    check_mode,
+    check_threshold,
+)
+from ouro_runtime.model.checkpoint import CheckpointError, Sizes, check_checkpoint
 
 SHIPPED_NAME = "ouro-mini"
 THINK_TOKENS = {"<think>": 3, "</think>": 4}
 FULL_REQUESTS = 8
 """Requests of full length the default K/V pool has room for."""
 
-BESIDE = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+TOKENIZER = "tokenizer.json"
+BESIDE = (TOKENIZER, "tokenizer_config.json", "generation_config.json")
 
 ANY_LOOPS = 10**6
 """Stands for T while the checkpoint is not known."""
@@ -36,25 +48,60 @@ def read_config(model: str) -> dict[str, Any] | None:
     """A local checkpoint's `config.json`; None for one that is not a local folder.
 
     Raises:
-        RefusedError: when the folder has no readable `config.json`.
+        RefusedError: when the folder has no readable `config.json`, or a field in it is wrong.
     """
     folder = Path(model)
     if not folder.is_dir():
         if folder.is_absolute() or model.startswith("."):
             raise RefusedError(f"{model}: no such folder")
         return None
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
-        raise RefusedError(f"{model}: no config.json in this folder") from None
-    except OSError as error:
-        raise RefusedError(f"{model}: config.json cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise RefusedError(f"{model}: config.json is not JSON ({error})") from None
-    if not isinstance(config, dict) or config.get("model_type") != "ouro":
-        kind = config.get("model_type") if isinstance(config, dict) else None
+    config = _read_object(folder, "config.json")
+    if config is None:
+        raise RefusedError(f"{model}: no config.json in this folder")
+    if config.get("model_type") != "ouro":
+        kind = config.get("model_type")
         raise RefusedError(f"{model}: model_type is {kind!r}; ouro-serve serves 'ouro' models")
+    try:
+        check_config(config)
+        Sizes.of(config)
+    except (ConfigError, CheckpointError) as error:
+        raise RefusedError(f"{model}: {error}") from None
     return config
+
+
+def check_overrides(overrides: Any) -> None:
+    """Check what `--hf-overrides` puts in the place of fields of `config.json`.
+
+    Raises:
+        RefusedError: naming the option and the field.
+    """
+    if callable(overrides):
+        return
+    if not isinstance(overrides, Mapping):
+        raise RefusedError(f"--hf-overrides must be a JSON object, got {overrides!r}")
+    try:
+        check_config(overrides, "--hf-overrides")
+    except ConfigError as error:
+        raise RefusedError(str(error)) from None
+
+
+def _read_object(folder: Path, name: str) -> dict[str, Any] | None:
+    """The JSON object in a file of a checkpoint; None if there is no such file.
+
+    Raises:
+        RefusedError: if it cannot be read, or is something else.
+    """
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RefusedError(f"{folder}: {name} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise RefusedError(f"{folder}: {name} is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise RefusedError(f"{folder}: {name} is not a JSON object")
+    return content
 
 
 def check_depth_defaults(config: dict[str, Any] | None, depth: dict[str, Any]) -> None:
@@ -78,26 +125,29 @@ def check_depth_defaults(config: dict[str, Any] | None, depth: dict[str, Any]) -
         checks[name](value)
 
 
-def check_files(model: str) -> None:
+def check_files(model: str, weights: bool = True) -> None:
     """Compare a local checkpoint's tensors with its config, from headers only, and look into the
     files of its tokenizer.
+
+    Args:
+        weights: whether there are tensors to compare.
 
     Raises:
         RefusedError: naming what is wrong.
     """
+    folder = Path(model)
     try:
-        check_checkpoint(model)
+        if weights:
+            check_checkpoint(model)
     except CheckpointError as error:
         raise RefusedError(str(error)) from None
-    for name in BESIDE:
+    # A tokenizer has other forms too.
+    found = [name for name in BESIDE if _read_object(folder, name) is not None]
+    if TOKENIZER in found:
         try:
-            json.loads((Path(model) / name).read_text())
-        except FileNotFoundError:
-            continue  # a tokenizer has other forms too
-        except OSError as error:
-            raise RefusedError(f"{model}: {name} cannot be read ({error.strerror})") from None
-        except ValueError as error:
-            raise RefusedError(f"{model}: {name} is not JSON ({error})") from None
+            Tokenizer.from_file(str(folder / TOKENIZER))
+        except Exception as error:  # the library raises no narrower one
+            raise RefusedError(f"{model}: {TOKENIZER} is no tokenizer ({error})") from None
 
 
 def check_memory(model: str, pool: int, available: int) -> None:
@@ -127,7 +177,7 @@ def separates_reasoning(model: str) -> bool:
     if not folder.is_dir():
         return True
     try:
-        added = json.loads((folder / "tokenizer.json").read_text()).get("added_tokens", [])
+        added = json.loads((folder / TOKENIZER).read_text()).get("added_tokens", [])
     except (OSError, ValueError):
         return False
     ids = {token["content"]: token["id"] for token in added}
@@ -147,7 +197,8 @@ def full_request_bytes(config: dict[str, Any], length: int | None = None) -> int
     layers = config["total_ut_steps"] * config["num_hidden_layers"]
     bytes_each = 4 if stored_dtype(config) == "float32" else 2
     per_token = 2 * layers * kv_heads * head_dim * bytes_each
-    return per_token * (length or config["max_position_embeddings"])
+    longest = config.get("max_position_embeddings", OuroConfig().max_position_embeddings)
+    return per_token * (length or longest)
 
 
 def kv_pool_bytes(config: dict[str, Any], available: int, length: int | None = None) -> int:

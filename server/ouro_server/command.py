@@ -48,6 +48,7 @@ def _serve(
 
     args = launch.parse(rest)
     config = checkpoint.read_config(args.model)
+    checkpoint.check_overrides(args.hf_overrides)
     merged = settings.merge_additional_config(args.additional_config, depth)
     checkpoint.check_depth_defaults(config, merged["ouro"])
     book = _check_presets(presets, config)
@@ -58,8 +59,7 @@ def _serve(
         launch.check_steering(args, book)
     if config is not None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if config is not None and args.load_format in ("auto", "safetensors"):
-        checkpoint.check_files(args.model)
+        checkpoint.check_files(args.model, args.load_format in ("auto", "safetensors"))
     name = (args.served_model_name or [args.model])[0]
     launch.say(f"Ouro Serve: loading {name} and warming up; this can take a minute")
     launch.complete(args, depth, config)

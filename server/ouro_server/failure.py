@@ -10,10 +10,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from ouro_runtime.engine.core_process import noted
-from ouro_server.cli import plain
+from ouro_server.cli import one_line, plain
+from ouro_server.vllm_api import current_platform
 
 _CORE = re.compile(r"Failed core proc\(s\): \{[^}]*: (-?\d+)\}")
 _WORKER = re.compile(r"Worker failed with error ['\"](.*)['\"], please check the stack trace.*")
+_SMALL_POOL = re.compile(r"Try increasing `gpu_memory_utilization`.*")
 _NO_MEMORY = "can't allocate memory"
 _NO_COMPILER = "No working C++ compiler found"
 KILLED = -9
@@ -35,11 +37,15 @@ def why(error: Exception, args: Namespace, folder: Path) -> str:
         return f"{args.host}: no such host; choose another with --host"
     if isinstance(error, ValidationError):
         return "; ".join(dict.fromkeys(_said(e, args) for e in error.errors()))
+    if isinstance(error, ImportError) and (option := _asks_for(str(error.name), args)):
+        return f"{option}: {plain(error)}"
     told = noted(folder)
     text = _WORKER.sub(r"\1", told or plain(error))
     core = None if told else _CORE.search(text)
     if core:
         text = died(int(core[1]))
+    if _SMALL_POOL.search(text):
+        return _SMALL_POOL.sub(_advice(args), text)
     if _NO_MEMORY in text:
         return f"the model and its K/V do not fit into memory ({text})"
     if _NO_COMPILER in text:
@@ -49,9 +55,25 @@ def why(error: Exception, args: Namespace, folder: Path) -> str:
 
 def _said(error: Any, args: Namespace) -> str:
     """One of pydantic's errors: the option it is about, not where in vLLM's configuration it is."""
-    message = error["msg"].removeprefix("Value error, ")
-    name = str(error["loc"][-1]) if error["loc"] else ""
-    return f"--{name.replace('_', '-')}: {message}" if hasattr(args, name) else message
+    message = one_line(error["msg"].removeprefix("Value error, "))
+    name = next((str(n) for n in reversed(error["loc"]) if hasattr(args, str(n))), None)
+    return f"--{name.replace('_', '-')}: {message}" if name else message
+
+
+def _asks_for(module: str, args: Namespace) -> str | None:
+    """The option that names something in a Python module, such as --middleware."""
+    for name, value in vars(args).items():
+        values = value if isinstance(value, list) else [value]
+        if any(isinstance(v, str) and v.startswith((f"{module}.", f"{module}:")) for v in values):
+            return "--" + name.replace("_", "-")
+    return None
+
+
+def _advice(args: Namespace) -> str:
+    """How to make the K/V pool larger, or less of it needed."""
+    by_bytes = current_platform.is_cpu() or args.kv_cache_memory_bytes
+    option = "--kv-cache-memory-bytes" if by_bytes else "--gpu-memory-utilization"
+    return f"Set a larger {option}, or a smaller --max-model-len."
 
 
 def died(code: int) -> str:

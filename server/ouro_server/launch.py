@@ -6,11 +6,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import psutil
+import yaml
 
 from ouro_server import checkpoint, settings
+from ouro_server.cli import plain
 from ouro_server.presets import PresetBook
 from ouro_server.vllm_api import (
     FlexibleArgumentParser,
@@ -23,6 +25,7 @@ from ouro_server.vllm_api import (
 )
 
 KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
+MOST_PORT = 65535
 AUTO_LENGTH = -1
 """vLLM's `--max-model-len auto`: as long as one request can be in the K/V pool."""
 
@@ -41,12 +44,25 @@ _EPILOG = (
 )
 
 
-class ServeParser(FlexibleArgumentParser):
-    """vLLM's parser, saying what is wrong in one line instead of printing every option."""
+class ServeParser(settings.OneLineParser, FlexibleArgumentParser):
+    """vLLM's parser, saying what is wrong in one line."""
 
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
-        raise SystemExit(2)
+    def _pull_args_from_config(self, args: list[str]) -> list[str]:
+        try:
+            return super()._pull_args_from_config(args)
+        except (AssertionError, ValueError) as error:
+            self.error(f"argument --config: {plain(error)}")
+
+    def load_config_file(self, file_path: str) -> list[str]:
+        """The options in the file of `--config`."""
+        try:
+            with open(file_path, encoding="utf-8") as file:
+                content = yaml.safe_load(file)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            self.error(f"argument --config: {plain(error)}")
+        if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+            self.error(f"argument --config: {file_path} must map options to values (port: 8000)")
+        return super().load_config_file(file_path)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -115,7 +131,7 @@ def complete(
 
 
 def check_paths(args: argparse.Namespace) -> None:
-    """Refuse files that vLLM would miss only when the engine is up.
+    """Refuse files and places that vLLM would miss only when the engine is up.
 
     Raises:
         RefusedError: naming the option.
@@ -125,6 +141,15 @@ def check_paths(args: argparse.Namespace) -> None:
         if file and not os.access(file, os.R_OK):
             option = "--" + name.replace("_", "-")
             raise checkpoint.RefusedError(f"{option}: {file} is no file that can be read")
+    if args.ssl_keyfile and not args.ssl_certfile:
+        raise checkpoint.RefusedError("--ssl-keyfile needs --ssl-certfile beside it")
+    for name in ("tokenizer", "generation_config"):
+        place = getattr(args, name)
+        if place and Path(place).is_absolute() and not Path(place).exists():
+            option = "--" + name.replace("_", "-")
+            raise checkpoint.RefusedError(f"{option}: {place}: no such file or folder")
+    if not 0 <= args.port <= MOST_PORT:
+        raise checkpoint.RefusedError(f"--port must be from 0 to {MOST_PORT}, got {args.port}")
     if args.uds and not Path(args.uds).absolute().parent.is_dir():
         raise checkpoint.RefusedError(f"--uds: {args.uds} is in no folder that exists")
 

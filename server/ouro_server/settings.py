@@ -2,12 +2,14 @@
 
 import argparse
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ouro_runtime.config import DEPTH_FIELDS, MODES, DepthError
+from ouro_server.cli import USAGE_ERROR, one_line
 from ouro_server.presets import SHIPPED
 
 PLUGINS = ("ouro", "ouro_depth", "ouro_metrics")
@@ -31,9 +33,17 @@ LOGGING = Path(__file__).with_name("logging.yaml")
 JSON here, which YAML contains."""
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line, instead of printing options too."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {one_line(message)}", file=sys.stderr)
+        raise SystemExit(USAGE_ERROR)
+
+
 def depth_parser() -> argparse.ArgumentParser:
     """The depth options. Values stay text: `depth_settings` turns them into numbers."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="ouro-serve",
         usage="ouro-serve [MODEL] [depth options] [any option of vLLM's server]",
         description="Serve an Ouro (looped) language model over HTTP, OpenAI-compatible. MODEL is "
@@ -133,9 +143,18 @@ def _number(text: str) -> int | float | str:
 
 
 def merge_additional_config(given: Any, depth: Mapping[str, Any]) -> dict[str, Any]:
-    """vLLM's `additional_config` with the depth options under `ouro`; options win over it."""
-    given = dict(given or {})
-    return {**given, "ouro": {**(given.get("ouro") or {}), **depth}}
+    """vLLM's `additional_config` with the depth options under `ouro`; options win over it.
+
+    Raises:
+        DepthError: unless it is an object, and `ouro` in it another.
+    """
+    given = {} if given is None else given
+    ours = given.get("ouro") if isinstance(given, Mapping) else None
+    if not isinstance(given, Mapping) or not isinstance(ours, (Mapping, type(None))):
+        name = "--additional-config"
+        allowed = "a JSON object, and ouro in it another (depth fields by name)"
+        raise DepthError(name, f"{name} must be {allowed}, got {given!r}")
+    return {**given, "ouro": {**(ours or {}), **depth}}
 
 
 def guess_model(argv: Sequence[str]) -> str | None:

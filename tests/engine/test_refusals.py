@@ -60,6 +60,12 @@ def test_bad_server_defaults_are_refused_by_name(ouro: dict[str, Any], named: st
         settings(additional_config={"ouro": ouro}).create_engine_config()
 
 
+@pytest.mark.parametrize("wrong", [{"total_ut_steps": 64}, {"hidden_act": "gelu"}])
+def test_overrides_of_the_checkpoint_are_held_to_its_rules(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"hf_overrides: {next(iter(wrong))} must be "):
+        settings(hf_overrides=wrong).create_engine_config()
+
+
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
     defaults = {"exit_threshold": 0.3, "exit_mode": "skip"}

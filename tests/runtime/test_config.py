@@ -1,10 +1,23 @@
 """Depth controls are validated once, with errors that name the field and the range."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from ouro_runtime.config import DepthError, ExitParams, LoopConfig
+from ouro_runtime.config import (
+    FIELDS,
+    MOST_LOOPS,
+    ROPE_TYPES,
+    ConfigError,
+    DepthError,
+    ExitParams,
+    LoopConfig,
+    OuroConfig,
+    check_config,
+)
 
 T = 4
 DEFAULTS = ExitParams(1.0, 1, T, "skip")
@@ -49,10 +62,92 @@ def test_forced_depths_turn_the_gate_off() -> None:
     assert parse(exit_threshold=0.2).gate_threshold == 0.2
 
 
-@pytest.mark.parametrize("steps", [0, -1, None, "4", 2.0, True])
+@pytest.mark.parametrize("steps", [0, -1, None, "4", 2.0, True, MOST_LOOPS + 1])
 def test_a_checkpoint_without_loops_is_refused(steps: object) -> None:
-    with pytest.raises(DepthError, match="total_ut_steps"):
+    with pytest.raises(ConfigError, match="total_ut_steps must be an integer from 1 to 63"):
         LoopConfig.parse(SimpleNamespace(total_ut_steps=steps))
+
+
+HUGE, NAN = 10**400, float("nan")
+WRONG: dict[str, tuple[Any, ...]] = {
+    "total_ut_steps": (0, 64, 5000, "4", 2.0, True, None),
+    "early_exit_threshold": ("x", -0.1, NAN, True, [1], HUGE),
+    "max_position_embeddings": ("a", 0, 2.5, None, True, 2**31),
+    "hidden_act": ("nope", "gelu", 3, None),
+    "rms_norm_eps": ("x", 0, -1e-6, NAN, None, True),
+    "rope_theta": ("x", 0, None, float("inf"), HUGE),
+    "rope_scaling": (
+        [1],
+        "linear",
+        {"type": "x"},
+        {"rope_type": ["linear"]},
+        {"type": "linear"},
+        {"type": "linear", "factor": "x"},
+        {"type": "dynamic", "factor": None},
+        {"type": "default", "rope_theta": "x"},
+        {"full_attention": {"rope_type": "default"}},
+    ),
+    "rope_parameters": ({"rope_type": "yarn"},),
+    "torch_dtype": ("float99", 3, "torch.float32", ["float32"]),
+    "dtype": ("int8", 3),
+    "use_sliding_window": (True, 1),
+    "layer_types": ("x", ["full_attention", "sliding_attention"], [1]),
+    "tie_word_embeddings": ("x", 1, None),
+    "quantization_config": ("x", ["fp8"]),
+    "bos_token_id": ("x", [1]),
+    "pad_token_id": (0.5,),
+    "eos_token_id": ("x", [[1]], {}),
+}
+RIGHT: dict[str, tuple[Any, ...]] = {
+    "total_ut_steps": (1, MOST_LOOPS),
+    "early_exit_threshold": (0, 0.5, 1.0, 2, None),
+    "max_position_embeddings": (1, 65536),
+    "rope_theta": (10_000, 1e6),
+    "rope_scaling": (
+        None,
+        {"type": "linear", "factor": 2},
+        {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]},
+        {"rope_type": "yarn", "factor": 4.0, "truncate": False, "mscale": None},
+        {"rope_theta": 1e6, "rope_type": "default"},
+    ),
+    "torch_dtype": ("bfloat16", "float32", None),
+    "layer_types": (None, ["full_attention"] * 2),
+    "eos_token_id": (0, [1, 2], None),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, vs in WRONG.items() for v in vs])
+def test_a_wrong_field_of_config_json_is_named_with_what_is_allowed(
+    name: str, value: object
+) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        check_config({name: value}, "c.json")
+    said = str(refusal.value)
+    assert said.startswith(f"c.json: {name} must be {FIELDS[name].allowed}, got ")
+    assert "\n" not in said
+    assert len(said) < 400
+
+
+def test_every_field_has_a_wrong_value_here() -> None:
+    assert WRONG.keys() == FIELDS.keys()
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, vs in RIGHT.items() for v in vs])
+def test_a_right_field_of_config_json_passes(name: str, value: object) -> None:
+    check_config({name: value})
+
+
+def test_a_wrong_config_json_is_refused_wherever_it_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model_type": "ouro", "hidden_act": "nope"}))
+    with pytest.raises(ConfigError, match="hidden_act must be 'silu', got 'nope'"):
+        OuroConfig.from_pretrained(tmp_path)
+
+
+def test_what_a_config_says_of_itself_passes() -> None:
+    check_config(OuroConfig().to_dict())
+    for kind in ROPE_TYPES:
+        assert hasattr(OuroConfig, f"_validate_{kind}_rope_parameters")
 
 
 def test_server_settings_override_the_checkpoint() -> None:

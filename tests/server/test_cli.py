@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 from ouro_runtime.config import DepthError
-from ouro_server import checkpoint, cli, settings
+from ouro_server import checkpoint, cli, command, settings
 from tests.server.fakes import LOOPS
 
 CONFIG = {
+    "architectures": ["OuroForCausalLM"],
     "model_type": "ouro",
+    "vocab_size": 64,
+    "intermediate_size": 96,
     "total_ut_steps": LOOPS,
     "early_exit_threshold": 0.75,
     "num_hidden_layers": 2,
@@ -92,6 +95,68 @@ def test_a_wrong_folder_is_refused_with_a_reason(
     assert "model_type is 'llama'" in refused([str(tmp_path)], capsys)
     (tmp_path / "config.json").write_text('{"model_type": "ouro", "total_ut_steps": 0}')
     assert "total_ut_steps" in refused([str(tmp_path)], capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("hidden_act", "nope", "'silu'"),
+        ("total_ut_steps", 64, "an integer from 1 to 63"),
+        ("torch_dtype", "float99", "one of bfloat16, float16, float32"),
+        ("rope_scaling", {"type": "x"}, "one of default, linear"),
+        ("num_hidden_layers", "x", "an integer of 1 or more"),
+    ],
+)
+def test_a_wrong_field_of_config_json_is_refused_before_vllm_is_imported(
+    name: str,
+    value: object,
+    allowed: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # `_serve` is what imports it.
+    monkeypatch.setattr(command, "_serve", None)
+    file = folder / "config.json"
+    file.write_text(json.dumps(CONFIG | {name: value}))
+    said = refused([str(folder)], capsys)
+    assert str(folder) in said
+    assert "config.json" in said
+    assert name in said
+    assert allowed in said
+
+
+def test_a_config_json_that_is_no_object_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for text in ("[]", "3", "[" * 100_000):
+        (tmp_path / "config.json").write_text(text)
+        assert "config.json is not" in refused([str(tmp_path)], capsys)
+
+
+def test_a_length_that_config_json_leaves_out_is_the_released_codes() -> None:
+    given = CONFIG | {"max_position_embeddings": 32768}
+    left_out = {k: v for k, v in CONFIG.items() if k != "max_position_embeddings"}
+    assert checkpoint.full_request_bytes(left_out) == checkpoint.full_request_bytes(given)
+
+
+@pytest.mark.parametrize("overrides", ["{bad", [1], {"total_ut_steps": 100}, {"rope_theta": "x"}])
+def test_wrong_overrides_of_config_json_are_refused_by_name(overrides: object) -> None:
+    with pytest.raises(checkpoint.RefusedError, match="--hf-overrides") as refusal:
+        checkpoint.check_overrides(overrides)
+    if isinstance(overrides, dict):
+        assert next(iter(overrides)) in str(refusal.value)
+
+
+def test_overrides_that_mean_something_pass() -> None:
+    for overrides in ({}, {"total_ut_steps": 2}, {"unknown": 1}, lambda config: config):
+        checkpoint.check_overrides(overrides)
+
+
+@pytest.mark.parametrize("given", [[1], "{bad", 3, {"ouro": 3}, {"ouro": [1]}])
+def test_an_additional_config_that_is_no_object_is_named(given: object) -> None:
+    with pytest.raises(DepthError, match="--additional-config must be a JSON object"):
+        settings.merge_additional_config(given, {})
 
 
 def test_a_checkpoint_that_is_not_local_is_checked_as_far_as_possible() -> None:
@@ -224,6 +289,42 @@ def test_an_unknown_option_is_one_line(folder: Path, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.usefixtures("environ")
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--presets"], "argument --presets: expected one argument"),
+        (["--kv-transfer-config", "{bad"], "argument --kv-transfer-config: Invalid JSON: key must"),
+        (["--compilation-config", '{"modee": 1}'], "--compilation-config/-cc: modee: Unexpected"),
+        (["--config", "/no/file.yaml"], "argument --config: /no/file.yaml: No such file"),
+        (["--config", "file.txt"], "argument --config: "),
+        (["--config"], "argument --config: "),
+        (["--config", "a.yaml", "--config", "b.yaml"], "argument --config: More than one"),
+        (["--config", "broken.yaml"], 'sequence in "broken.yaml", line 1, column 4'),
+        (["--config", "list.yaml"], "argument --config: list.yaml must map options to values"),
+    ],
+)
+def test_what_the_parsers_refuse_is_one_line_that_names_the_option(
+    argv: list[str],
+    said: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "broken.yaml").write_text("a: [1\nb: {")
+    (folder / "list.yaml").write_text("- 1")
+    (folder / "file.txt").write_text("port: 1")
+    with pytest.raises(SystemExit) as done:
+        cli.main([str(folder), *argv])
+    assert done.value.code == 2
+    err = capfd.readouterr().err
+    assert err.startswith("ouro-serve: error: ")
+    assert said in err
+    assert err.count("\n") == 1
+    assert "pydantic" not in err
+
+
+@pytest.mark.usefixtures("environ")
 def test_vllms_options_get_our_defaults_unless_chosen() -> None:
     from ouro_server import launch
 
@@ -280,6 +381,6 @@ def test_what_the_engines_configuration_refuses_is_one_line(
         raise ValueError("no such thing")
 
     monkeypatch.setattr(launch, "run", refusing)
-    monkeypatch.setattr(checkpoint, "check_files", lambda _: None)
+    monkeypatch.setattr(checkpoint, "check_files", lambda *_: None)
     assert cli.main([str(folder)]) == 2
     assert capsys.readouterr().err == "ouro-serve: error: no such thing\n"

@@ -23,7 +23,7 @@ import pytest
 from ouro_server import checkpoint, cli, log_filter, run_folder, settings
 from tests.server.live import environment, free_port, left_behind
 
-ARGS = Namespace(host="h", port=80)
+ARGS = Namespace(host="h", port=80, kv_cache_memory_bytes=1, middleware=["mid.Ware"])
 
 
 def served(folder: Path, *options: str) -> subprocess.Popen:
@@ -130,6 +130,12 @@ def test_what_the_system_refuses_is_one_line(
         (RuntimeError("Failed core proc(s): {'e': -9}"), "most likely memory ran out"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "do not fit into memory"),
         (RuntimeError("No working C++ compiler found"), "install g++, or --enforce-eager"),
+        (KeyError("added"), "KeyError: 'added' (VLLM_LOGGING_LEVEL=DEBUG shows where)"),
+        (KeyError("no such parser: x"), "no such parser: x"),
+        (AssertionError(), "AssertionError (VLLM_LOGGING_LEVEL=DEBUG shows where)"),
+        (ImportError("No module named 'mid'", name="mid"), "--middleware: No module named 'mid'"),
+        (ImportError("No module named 'else'", name="else"), "No module named 'else'"),
+        (ValueError("x. Try increasing `gpu_memory_utilization`. See"), "a larger --kv-cache-mem"),
     ],
 )
 def test_why_a_start_failed_in_the_users_words(error: Exception, said: str, tmp_path: Path) -> None:
@@ -151,6 +157,10 @@ def test_an_option_out_of_range_is_named_once(tmp_path: Path) -> None:
     args = Namespace(**vars(ARGS), max_num_seqs=0)
     assert failure.why(refusal.value, args, tmp_path) == f"--max-num-seqs: {said}; {said}"
     assert failure.why(refusal.value, ARGS, tmp_path) == said
+    inner = pydantic.create_model("Inner", max_num_seqs=(int | dict, ...))
+    with pytest.raises(pydantic.ValidationError) as refusal:
+        inner(max_num_seqs="x")
+    assert failure.why(refusal.value, args, tmp_path).startswith("--max-num-seqs: Input should be")
 
 
 def test_the_cause_in_a_worker_is_told_without_its_surroundings(tmp_path: Path) -> None:
@@ -218,14 +228,22 @@ def test_the_logging_file_names_the_filter() -> None:
 
 
 @pytest.mark.parametrize("name", checkpoint.BESIDE)
+@pytest.mark.parametrize(("text", "said"), [("{", "is not JSON"), ("[]", "is not a JSON object")])
 def test_a_broken_file_of_the_tokenizer_is_named(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, text: str, said: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(checkpoint, "check_checkpoint", lambda model: None)
-    checkpoint.check_files(str(tmp_path))
-    (tmp_path / name).write_text("{")
-    with pytest.raises(checkpoint.RefusedError, match=f"{re.escape(name)} is not JSON"):
-        checkpoint.check_files(str(tmp_path))
+    checkpoint.check_files(str(tmp_path), weights=False)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(checkpoint.RefusedError, match=f"{re.escape(name)} {said}"):
+        checkpoint.check_files(str(tmp_path), weights=False)
+
+
+@pytest.mark.parametrize("content", [{}, {"model": {}}, {"added_tokens": 3}])
+def test_a_tokenizer_that_is_none_is_named(content: dict, tmp_path: Path) -> None:
+    (tmp_path / checkpoint.TOKENIZER).write_text(json.dumps(content))
+    with pytest.raises(checkpoint.RefusedError, match=r"tokenizer\.json is no tokenizer"):
+        checkpoint.check_files(str(tmp_path), weights=False)
+    checkpoint.check_files(str(checkpoint.shipped()))
 
 
 def test_paths_that_the_server_would_miss_late_are_refused(tmp_path: Path) -> None:
@@ -233,12 +251,18 @@ def test_paths_that_the_server_would_miss_late_are_refused(tmp_path: Path) -> No
 
     here = tmp_path / "file"
     here.touch()
-    none = {"ssl_keyfile": None, "ssl_certfile": None, "ssl_ca_certs": None, "uds": None}
+    none: dict = dict.fromkeys(("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "uds"))
+    none |= {"tokenizer": None, "generation_config": "auto", "port": 80}
     launch.check_paths(Namespace(**none))
-    launch.check_paths(Namespace(**none | {"ssl_keyfile": str(here), "uds": str(here)}))
-    for field, option in (("ssl_ca_certs", "--ssl-ca-certs"), ("uds", "--uds")):
+    key = {"ssl_keyfile": str(here), "ssl_certfile": str(here)}
+    launch.check_paths(Namespace(**none | key | {"uds": str(here)}))
+    for field in ("ssl_ca_certs", "uds", "tokenizer", "generation_config"):
+        option = "--" + field.replace("_", "-")
         with pytest.raises(checkpoint.RefusedError, match=f"{option}: .*/no/file"):
             launch.check_paths(Namespace(**none | {field: str(tmp_path / "no" / "file")}))
+    for wrong, said in (({"port": 65536}, "--port"), (key | {"ssl_certfile": None}, "--ssl-cert")):
+        with pytest.raises(checkpoint.RefusedError, match=said):
+            launch.check_paths(Namespace(**none | wrong))
 
 
 def test_weights_and_pool_beyond_free_memory_are_refused(tmp_path: Path) -> None:
