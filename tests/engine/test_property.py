@@ -218,10 +218,10 @@ def test_a_thought_has_its_budget_whatever_is_preempted(folder: str) -> None:
     """Thoughts that open again and again, each of as many tokens as alone."""
     requests = [
         ([5 + index] * (1 + 3 * (index % 7)), 1 + index % 4, {"exit_threshold": 0.3 * (index % 3)})
-        for index in range(16)
+        for index in range(9)
     ]
     params = [
-        greedy(60, depth, thinking_token_budget=budget, logit_bias={THINK: 100.0})
+        greedy(45, depth, thinking_token_budget=budget, logit_bias={THINK: 100.0})
         for _, budget, depth in requests
     ]
     with engine(folder, **EVERYTHING, **CRAMPED) as llm:

@@ -36,8 +36,33 @@ def test_a_command_that_ends_keeps_its_status(status: int) -> None:
 
 
 def test_both_commands_end_inside_nine_minutes() -> None:
-    assert run_gpu_tests.KERNEL_SECONDS < run_gpu_tests.SECONDS < NINE_MINUTES
+    assert run_gpu_tests.SECONDS < NINE_MINUTES
     assert gpu.CLOSING < gpu.SECONDS < NINE_MINUTES
+
+
+@pytest.mark.parametrize(("exits", "status"), [((0, 0), 0), ((0, 1), 1), ((124, 0), 1)])
+def test_both_stages_run_and_each_says_how_it_ended(
+    exits: tuple[int, int],
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seen: list[str] = []
+
+    def stage(command: list[str], seconds: float, output: Any) -> int:
+        seen.append(command[-1])
+        output.write(f"said by {command[-1]}")
+        return exits["gpu" in command[-1]]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "G")
+    monkeypatch.setattr(run_gpu_tests, "run", stage)
+    assert run_gpu_tests.main([]) == status
+    assert sorted(seen) == ["tests/gpu", "tests/kernels"]
+    said = capsys.readouterr().out
+    words = {0: "passed", 1: "FAILED", 124: "NOT FINISHED"}
+    for word, name, path in zip(exits, ("kernels", "engines"), ("kernels", "gpu"), strict=True):
+        assert f"{words[word]}  {name}" in said and f"said by tests/{path}" in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
