@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any
 
 import pytest
 
 from tests.cuda import bench
+from tests.engine import harness
 from tests.engine.cases import CHECKPOINTS
 from tests.engine.compare import assert_cdf, assert_same
-from tests.engine.harness import (
-    Output,
-    generate,
-    greedy,
-    runner_of,
-    scheduler_of,
-)
+from tests.engine.harness import Output, generate, runner_of, scheduler_of
 from tests.reference.model import Generation, Reference
 
 T = 6
+greedy = partial(harness.greedy, logprobs=None)
+"""Without log-probabilities every read-out is the captured piece."""
 pytestmark = bench.on("t6")
 
 
@@ -114,7 +112,7 @@ def test_counts_between_steps(llm: Any) -> None:
     """Placeholders are what steps in flight can still bring, and never pass the length limit."""
     scheduler = scheduler_of(llm)
     for index, threshold in enumerate((0.1, 0.4, 1.0)):
-        params = greedy(9, {"exit_threshold": threshold}, logprobs=None)
+        params = greedy(9, {"exit_threshold": threshold})
         llm.llm_engine.add_request(str(index), {"prompt_token_ids": prompt(6, index)}, params)
     flying = 0
     while llm.llm_engine.has_unfinished_requests():
