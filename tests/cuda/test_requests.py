@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -159,3 +160,26 @@ def test_cells_are_counted_as_they_ran(llm: Any, monkeypatch: pytest.MonkeyPatch
     ran = [T] * 5 + out.depths[1:]
     assert cells == [sum(depth > loop for depth in ran) for loop in range(T)]
     assert sum(report.tokens for report in reports) == 9
+
+
+def test_a_step_brings_nothing_after_a_token_that_ends_the_request(llm: Any) -> None:
+    """The scheduler would drop it; the device need not make it."""
+    state = bench.lane_state(llm)
+    depth = {"forced_depths": [1]}
+    (free,) = generate(llm, [prompt(4)], [greedy(30, depth)])
+    stop = free.tokens[9]
+    brought: list[list[int]] = []
+    done = state.step_done
+
+    def noting(logits: Any) -> Any:
+        output = done(logits)
+        if output is not None:
+            tokens, count = output[0].sampled_token_ids, output[0].num_sampled
+            brought.append(tokens[0, : int(count[0])].tolist())
+        return output
+
+    with mock.patch.object(state, "step_done", noting):
+        (out,) = generate(llm, [prompt(4)], [greedy(30, depth, stop_token_ids=[stop])])
+    assert out.tokens == free.tokens[: free.tokens.index(stop) + 1]
+    (ended,) = [tokens for tokens in brought if stop in tokens][:1]
+    assert 1 < len(ended) < T and ended.index(stop) == len(ended) - 1
