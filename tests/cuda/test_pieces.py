@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
+import pytest
+
 from tests.cuda import bench
 from tests.engine.cases import Case, golden_cases
-from tests.engine.harness import generate, greedy
+from tests.engine.compare import assert_cdf
+from tests.engine.harness import Arrival, drive, generate, greedy
+from tests.engine.mixes import depth_fields, tokens
 
 PLAIN: dict[str, Any] = {"logprobs": None}
 """Without what `greedy` asks for beyond the read-out piece."""
@@ -88,3 +93,37 @@ def test_greedy_and_tempered_requests_need_no_sampler_between_passes(llm: Any) -
     assert sampled.call_count > prefills + 12
     # In the same crowd with requests that need the sampler the tokens are the same.
     assert [out.tokens for out in first] == [out.tokens for out in second[:3]]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("llm", ["t4", "cramped"], indirect=True)
+def test_a_crowd_that_comes_and_goes_by_the_pieces_alone(llm: Any, seed: int) -> None:
+    """Slots, lanes and buckets are taken over from others; clients leave in mid-step."""
+    rng = random.Random(seed)
+    arrivals = []
+    for index in range(24):
+        options: dict[str, Any] = rng.choice([{}, {"temperature": 0.8, "seed": index}])
+        stops = rng.sample(range(5, 250), 3) if rng.random() < 0.3 else []
+        params = greedy(
+            rng.randint(1, 16), depth_fields(rng), **PLAIN, **options, stop_token_ids=stops
+        )
+        gone = rng.randint(1, 9) if rng.random() < 0.25 else None
+        ids = tokens(rng, rng.choice([1, 2, 5, 17, 24, 25, 40]))
+        arrivals.append(Arrival(str(index), ids, params, rng.randrange(30), gone))
+    state = bench.lane_state(llm)
+    with mock.patch.object(
+        state.graphs, "buckets", rng.choice([(), (1, 2, 4, state.max_num_reqs)])
+    ):
+        seen = drive(llm, arrivals)
+        bench.assert_idle(llm)
+        for arrival in arrivals:
+            (alone,) = generate(llm, [arrival.prompt], [arrival.params])
+            out = seen.get((arrival.name, 0))
+            assert out is not None or arrival.abort_after is not None
+            if out is not None:
+                end = len(out.tokens) if arrival.abort_after is not None else None
+                what = (arrival.name, arrival.params)
+                assert out.tokens == alone.tokens[:end], what
+                assert out.depths == alone.depths[:end], what
+                assert_cdf(str(what), out.exit_cdf, alone.exit_cdf[:end])

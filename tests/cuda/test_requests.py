@@ -176,6 +176,7 @@ def test_a_step_brings_nothing_after_a_token_that_ends_the_request(llm: Any) -> 
         if output is not None:
             tokens, count = output[0].sampled_token_ids, output[0].num_sampled
             brought.append(tokens[0, : int(count[0])].tolist())
+            assert not tokens[0, int(count[0]) :].any()
         return output
 
     with mock.patch.object(state, "step_done", noting):
