@@ -1,4 +1,4 @@
-"""Which requests the read-out piece serves: those for which vLLM's sampler would do nothing else."""
+"""Which requests the read-out piece serves: where vLLM's sampler would do nothing else."""
 
 from __future__ import annotations
 
