@@ -171,6 +171,8 @@ def reading_ids(parser_cls: Any) -> Any:
     """A composed vLLM parser class that hands token ids to an `OuroReasoningParser`."""
 
     class IdParser(parser_cls):
+        _late: LateText | None = None
+
         def set_prompt_token_ids(self, prompt_token_ids: Sequence[int]) -> None:
             self._reasoning_parser.begin(prompt_token_ids)
 
@@ -204,7 +206,7 @@ def reading_ids(parser_cls: Any) -> Any:
                     and bool(request.tools)
                     and request.tool_choice != "none"
                 )
-            if not hasattr(self, "_late"):
+            if self._late is None:
                 self._late = LateText(reasoning.model_tokenizer)
             text, ids = self._late.add(delta_text, delta_token_ids, finished)
             return super().parse_delta(text, ids, request, prompt_token_ids, finished=finished)

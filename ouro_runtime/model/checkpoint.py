@@ -276,8 +276,10 @@ def read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"has no {file.name}") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file.name} cannot be read: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{file.name} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file.name} is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file.name} is not a JSON object")
     return content

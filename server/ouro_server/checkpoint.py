@@ -19,7 +19,7 @@ from ouro_runtime.config import (
     check_mode,
     check_threshold,
 )
-from ouro_runtime.model.checkpoint import CheckpointError, Sizes, check_checkpoint
+from ouro_runtime.model.checkpoint import CheckpointError, Sizes, check_checkpoint, read_json
 
 SHIPPED_NAME = "ouro-mini"
 THINK_TOKENS = {"<think>": 3, "</think>": 4}
@@ -92,16 +92,11 @@ def _read_object(folder: Path, name: str) -> dict[str, Any] | None:
         RefusedError: if it cannot be read, or is something else.
     """
     try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
+        return read_json(folder / name) if (folder / name).exists() else None
+    except CheckpointError as error:
+        raise RefusedError(f"{folder}: {error}") from None
+    except OSError as error:  # a folder that may not be looked into
         raise RefusedError(f"{folder}: {name} cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise RefusedError(f"{folder}: {name} is not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise RefusedError(f"{folder}: {name} is not a JSON object")
-    return content
 
 
 def check_depth_defaults(config: dict[str, Any] | None, depth: dict[str, Any]) -> None:

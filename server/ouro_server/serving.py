@@ -120,13 +120,17 @@ async def _resumed(
             yield event
 
 
-class DepthServingChat(NamedErrors, OpenAIServingChat):
-    """Chat completions with depth."""
-
-    depth: ServedDepth
+class BegunChat(NamedErrors, OpenAIServingChat):
+    """Chat completions whose streams begin with what there is to send."""
 
     async def create_chat_completion(self, request: Any, raw_request: Any = None) -> Any:
         return await begun(await super().create_chat_completion(request, raw_request), raw_request)
+
+
+class DepthServingChat(BegunChat):
+    """Chat completions with depth."""
+
+    depth: ServedDepth
 
     async def chat_completion_stream_generator(
         self,

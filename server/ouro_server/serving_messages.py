@@ -2,9 +2,8 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
 
-from ouro_server.serving import NamedErrors, begun, error_of
+from ouro_server.serving import BegunChat, error_of
 from ouro_server.vllm_api import (
     AnthropicError,
     AnthropicServingMessages,
@@ -13,11 +12,8 @@ from ouro_server.vllm_api import (
 )
 
 
-class DepthServingMessages(NamedErrors, AnthropicServingMessages):
+class DepthServingMessages(BegunChat, AnthropicServingMessages):
     """The Messages API. vLLM answers it with a chat completion, event by event."""
-
-    async def create_chat_completion(self, request: Any, raw_request: Any = None) -> Any:
-        return await begun(await super().create_chat_completion(request, raw_request), raw_request)
 
     async def message_stream_converter(
         self, generator: AsyncGenerator[str, None]

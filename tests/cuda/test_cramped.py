@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import random
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from tests.cuda import bench
 from tests.engine.cases import CHECKPOINTS, golden_cases
 from tests.engine.compare import LOGPROB_TOLERANCE, assert_case, assert_same
-from tests.engine.harness import Output, generate, greedy, scheduler_of
+from tests.engine.harness import (
+    Arrival,
+    Output,
+    drive,
+    generate,
+    generate_one,
+    greedy,
+    scheduler_of,
+)
 from tests.reference.model import Reference
 
 FULL = {"exit_threshold": 1.0}
@@ -94,3 +103,40 @@ def test_every_long_case_in_chunks_and_preempted(
         seen = watch(llm, monkeypatch)
         run_golden(llm, every=1)
         assert seen[kind] >= 9, seen
+
+
+@bench.on("cramped")
+def test_prompts_of_one_token_a_step_beside_lanes(llm: Any) -> None:
+    """Then a batch has a row for each request though some are prompts, and positions that a
+    preemption lost are filled in one by one, with the depths they had."""
+    depths = ({"exit_threshold": 0.3}, {"forced_depths": [1, 2, 1, 3]})
+    arrivals = [
+        Arrival(
+            str(index),
+            [5 + 3 * index + place for place in range(9 + index)],
+            greedy(45, depths[index % 2], logprobs=None),
+            index,
+        )
+        for index in range(5)
+    ]
+    alone = [generate_one(llm, arrival.prompt, arrival.params) for arrival in arrivals]
+    scheduler, requests = scheduler_of(llm), bench.lane_state(llm).requests
+    row_stops, replays = requests.row_stops, []
+
+    def noting(req_ids: Any, *args: Any) -> Any:
+        stops = row_stops(req_ids, *args)
+        if stops is not None and len(stops) == len(req_ids):
+            replays.append(stops)
+        return stops
+
+    with (
+        mock.patch.object(scheduler.scheduler_config, "long_prefill_token_threshold", 1),
+        mock.patch.object(requests, "row_stops", noting),
+    ):
+        scheduler.reset_prefix_cache()
+        seen = drive(llm, arrivals)
+    assert replays, "nobody was filled in row by row"
+    for arrival, want in zip(arrivals, alone, strict=True):
+        out = seen[arrival.name, 0]
+        assert_same(arrival.name, out.tokens, out.depths, want.tokens, want.depths)
+    bench.assert_idle(llm)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import pytest
+import torch
+from vllm.sampling_params import StructuredOutputsParams
 
+from ouro_runtime.engine.cuda import graphs
 from tests.cuda import bench
 from tests.engine.cases import Case, golden_cases
 from tests.engine.compare import assert_cdf
 from tests.engine.harness import Arrival, drive, generate, greedy
 from tests.engine.mixes import depth_fields, tokens
 
+TEXT = list(b"how now")
 PLAIN: dict[str, Any] = {"logprobs": None}
 """Without what `greedy` asks for beyond the read-out piece."""
 
@@ -47,32 +54,53 @@ def test_golden_cases_by_the_pieces_alone(llm: Any) -> None:
     assert sampled.call_count <= 2 * state.loops
 
 
-@bench.on("t4")
-def test_pieces_can_be_captured_whatever_ran_before(llm: Any) -> None:
-    """Between profiling and the capture vLLM runs requests of its own; their numbers are left."""
-    state = bench.lane_state(llm)
-    check(llm, some()[:3])
-    state.buffers.params.fill_(1 << 20)
-    played = []
+class Replay:
+    """In the place of a CUDA graph: runs what was given to be recorded, and counts."""
 
-    def capture(buckets: Sequence[int], pieces: Mapping[str, Callable[[int], None]]) -> None:
-        for lanes in sorted(buckets, reverse=True):
-            for name, run in pieces.items():
-                run(lanes)
-                run(lanes)
-                played.append((name, lanes))
+    def __init__(self, played: Counter[int], run: Callable[[int], None], lanes: int) -> None:
+        self.played, self.run, self.lanes = played, run, lanes
 
+    def replay(self) -> None:
+        self.played[self.lanes] += 1
+        self.run(self.lanes)
+
+
+@pytest.fixture
+def captured(llm: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[int]]:
+    """The engine as it is after the capture, with what was played by number of lanes."""
+    state, played = bench.lane_state(llm), Counter[int]()
+    monkeypatch.setattr(graphs, "graph_capture", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(state.graphs, "_record", partial(Replay, played))
     config = state.vllm_config.compilation_config
-    with (
-        mock.patch.object(state.graphs, "capture", capture),
-        mock.patch.object(config, "cudagraph_capture_sizes", [1, 4, 8]),
-    ):
-        state.capture_inner_cudagraphs(None, None, None, None)
-    assert {name for name, _ in played} == {"begin", "block", "read", "advance", "carry"}
-    assert {lanes for _, lanes in played} == {1, 4, 8}
-    # Nobody's state was touched, and the next requests are as right as the first.
-    assert not state.buffers.carried_loop.any()
-    check(llm, some()[:3])
+    monkeypatch.setattr(config, "cudagraph_capture_sizes", [1, 8])
+    # Between profiling and the capture vLLM runs requests of its own; their numbers are left.
+    state.buffers.params.fill_(1 << 20)
+    state.capture_inner_cudagraphs(None, None, None, None)
+    assert not played and not state.buffers.carried_loop.any()
+    yield played
+    state.graphs.release()
+
+
+@bench.on("t4")
+def test_golden_cases_by_replays_of_what_was_captured(llm: Any, captured: Counter[int]) -> None:
+    cases = some()
+    check(llm, cases[:1])
+    assert captured.keys() == {1}
+    check(llm, cases[1:6])
+    assert captured.keys() == {1, 8}
+
+
+@bench.on("t4")
+def test_a_grammar_beside_plain_requests_has_its_token_sampled_after_the_step(llm: Any) -> None:
+    depth = {"exit_threshold": 0.3}
+    choice = StructuredOutputsParams(choice=["north", "west"])
+    bound = greedy(12, depth, **PLAIN, ignore_eos=False, structured_outputs=choice)
+    plain = greedy(12, depth, **PLAIN)
+    both, (alone,) = generate(llm, [TEXT, TEXT], [bound, plain]), generate(llm, [TEXT], [plain])
+    said = bytes(both[0].tokens[: len(both[0].tokens) - (both[0].tokens[-1] < 5)])
+    assert said in (b"north", b"west")
+    assert both[1].tokens == alone.tokens
 
 
 @bench.on("t4")

@@ -25,10 +25,6 @@ logger = logging.getLogger("vllm.ouro")
 RunRows = Callable[[Any, LaneBuffers, RowView], None]
 
 
-PIECES = ("begin", "block", "read", "advance", "carry")
-"""See `LaneBackend.play`."""
-
-
 class LaneEngine:
     """The model, its caches and the sampler of the step at hand.
 
@@ -59,44 +55,55 @@ class LaneEngine:
         self.batch: Any = None
         self.sampling: StepSampling | None = None
         self.candidates: list[np.ndarray] = []
+        # In the order of a step. Each takes the lanes' states and how many lanes there are.
+        self._pieces: dict[str, Callable[[torch.Tensor, int], None]] = {
+            "begin": partial(pieces.begin, buffers, shape),
+            "block": self._block,
+            "read": self._read,
+            "advance": self._advance,
+            "carry": partial(pieces.carry, buffers),
+        }
 
     def begin(self, batch: Any, sampling: StepSampling, candidates: list[np.ndarray]) -> None:
         """A step over `batch` (vLLM's `InputBatch`) begins; `candidates`: see `LanePlan`."""
         self.batch, self.sampling, self.candidates = batch, sampling, candidates
 
     def capturable(self) -> dict[str, Callable[[int], None]]:
-        """The pieces that a graph may hold: all, but those that talk to other processes."""
-        whole = self.vocabulary.whole
-        names = PIECES if whole else ("begin", "block", "carry")
-        return {name: partial(self._run, name, self.buffers.hidden) for name in names}
+        """The pieces that a graph may hold, in the order of a step: all that it plays, but those
+        that talk to other processes."""
+        left_out = set() if self.vocabulary.alone else {"read", "advance"}
+        if self.shape.loops == 1:
+            left_out.add("advance")
+        return {
+            name: partial(run, self.buffers.hidden)
+            for name, run in self._pieces.items()
+            if name not in left_out
+        }
 
-    def _run(self, piece: str, states: torch.Tensor, lanes: int) -> None:
-        b, shape = self.buffers, self.shape
-        if piece == "begin":
-            pieces.begin(b, shape, states, lanes)
-        elif piece == "block":
-            assert self.parts is not None
-            lane_block(self.parts, b, lanes, self.block_table)
-            pieces.gate(b, shape, states, lanes)
-        elif piece == "read":
-            pieces.remember(b, lanes)
-            read = b.read_mask[:lanes]
-            logits = self.vocabulary.logits(states[:lanes], read)
-            pieces.take(b, b.numbers[:lanes], read, sample_plain(self.sampler, b, logits))
-        elif piece == "advance":
-            embedding = self.vocabulary.embedding(b.tokens[:lanes], b.numbers[:lanes])
-            pieces.advance(b, shape, states, lanes, embedding, self.block_table)
-        else:
-            assert piece == "carry", piece
-            pieces.carry(b, states, lanes)
+    def _block(self, states: torch.Tensor, lanes: int) -> None:
+        assert self.parts is not None
+        lane_block(self.parts, self.buffers, lanes, self.block_table)
+        pieces.gate(self.buffers, self.shape, states, lanes)
+
+    def _read(self, states: torch.Tensor, lanes: int) -> None:
+        b = self.buffers
+        pieces.remember(b, lanes)
+        read = b.read_mask[:lanes]
+        logits = self.vocabulary.logits(states[:lanes], read)
+        pieces.take(b, b.numbers[:lanes], read, sample_plain(self.sampler, b, logits))
+
+    def _advance(self, states: torch.Tensor, lanes: int) -> None:
+        b = self.buffers
+        embedding = self.vocabulary.embedding(b.tokens[:lanes], b.numbers[:lanes])
+        pieces.advance(b, self.shape, states, lanes, embedding, self.block_table)
 
     # ---- LaneBackend ----------------------------------------------------------------------------
 
     def play(self, piece: str, lanes: int, mixed: bool) -> None:
         if mixed:
-            self._run(piece, self.buffers.lane_hidden, lanes)
+            self._pieces[piece](self.buffers.lane_hidden, lanes)
         elif not self.replay(piece, lanes):
-            self._run(piece, self.buffers.hidden, lanes)
+            self._pieces[piece](self.buffers.hidden, lanes)
 
     def run_rows(self, view: RowView) -> None:
         self.rows(self.batch, self.buffers, view)
@@ -124,19 +131,21 @@ class Vocabulary:
     """A model's way from tokens to states and back.
 
     Attributes:
-        whole: this process holds all of it, unquantized. Else every read-out is the model's own.
+        alone: this process holds all of it.
     """
 
     def __init__(self, model: Any) -> None:
         self._model, head = model, model.lm_head
-        alone = get_tensor_model_parallel_world_size() == 1
-        self.whole = alone and isinstance(head.quant_method, UnquantizedEmbeddingMethod)
-        self._table = model.model.embed_tokens.weight.data if alone else None
-        self._weight = head.weight.data[: model.config.vocab_size] if self.whole else None
+        self.alone = get_tensor_model_parallel_world_size() == 1
+        self._table = model.model.embed_tokens.weight.data if self.alone else None
+        # Where the model's read-out is a product in its own dtype, and nothing else, ours serves.
+        plain = self.alone and isinstance(head.quant_method, UnquantizedEmbeddingMethod)
+        plain = plain and model.logits_processor.head_dtype in (None, head.weight.dtype)
+        self._weight = head.weight.data[: model.config.vocab_size] if plain else None
 
     def logits(self, hidden: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
         """[M, vocab] of states [M, H]; rows that are not `read` [M] mean nothing."""
-        if self._weight is None or self._weight.dtype != hidden.dtype:
+        if self._weight is None:
             return self._model.read_out(hidden)
         return read_out(hidden, self._weight, read)
 

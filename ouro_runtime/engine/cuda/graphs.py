@@ -38,21 +38,29 @@ class StepGraphs:
         return True
 
     def capture(self, buckets: Sequence[int], pieces: Mapping[str, Callable[[int], None]]) -> None:
-        """Capture each piece for each bucket, the largest first so that the pool is shared."""
+        """Capture each piece for each bucket, the largest first so that the pool is shared.
+
+        Args:
+            pieces: in the order of a step.
+        """
         self.release()
-        pool = current_platform.get_global_graph_pool()
         with graph_capture(device=self.device):
             for lanes in sorted(buckets, reverse=True):
+                # Two steps: kernels are compiled and cuBLAS picks its algorithms outside of it.
+                for run in (*pieces.values(), *pieces.values()):
+                    run(lanes)
+                torch.cuda.synchronize(self.device)
                 for name, run in pieces.items():
-                    # Twice: kernels are compiled and cuBLAS picks its algorithms outside of it.
-                    run(lanes)
-                    run(lanes)
-                    torch.cuda.synchronize(self.device)
-                    graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(graph, pool, stream=current_stream()):
-                        run(lanes)
-                    self._graphs[name, lanes] = graph
+                    self._graphs[name, lanes] = self._record(run, lanes)
         self.buckets = tuple(sorted(buckets))
+
+    def _record(self, run: Callable[[int], None], lanes: int) -> Any:
+        """A graph of what `run(lanes)` launches, which is not run."""
+        graph = torch.cuda.CUDAGraph()
+        pool = current_platform.get_global_graph_pool()
+        with torch.cuda.graph(graph, pool, stream=current_stream()):
+            run(lanes)
+        return graph
 
     def release(self) -> None:
         """Drop all graphs, and with them their hold on the memory pool."""

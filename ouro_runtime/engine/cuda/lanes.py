@@ -76,17 +76,6 @@ class LaneBuffers:
     def device(self) -> torch.device:
         return self.hidden.device
 
-    def idle(self) -> None:
-        """No request is known: whatever width the pieces run at, they do nothing.
-
-        What an earlier step left means other things at another width.
-        """
-        self.params.zero_()
-        self.active.zero_()
-        self.slots.fill_(-1)
-        for numbers in (self.seq_lens, self.fill_copies, self.request, self.tokens, self.step):
-            numbers.zero_()
-
     def packed(self, lanes: int) -> torch.Tensor:
         """Where the packed `LaneParams` of `lanes` lanes lie."""
         rows = LaneParams.rows(self.record.tokens.shape[1])

@@ -103,7 +103,8 @@ class OuroModelState(ModelState):
         if engine.parts is None:
             return
         sizes = self.vllm_config.compilation_config.cudagraph_capture_sizes or ()
-        self.buffers.idle()
+        # What an earlier step left means other things at another width; zeros let nobody run.
+        self.buffers.params.zero_()
         self.graphs.capture(pass_buckets(sizes, self.max_num_reqs), engine.capturable())
         logger.info("Ouro Serve: captured passes of %s lanes", list(self.graphs.buckets))
 
@@ -189,6 +190,7 @@ class OuroModelState(ModelState):
         params = requests.params(slots, decoding, resumed, plan, self.sampler.sampling_states)
         stops = requests.row_stops(batch.req_ids, slots, start, count, known, decoding)
         late = requests.book.single[slots] & heads
+        self._late = np.nonzero(late)[0]
         lanes, rows = batch.num_reqs, batch.num_tokens
         mixed = rows != lanes or engine.parts is None
         width = lanes if mixed else self.graphs.width(lanes)
@@ -205,11 +207,10 @@ class OuroModelState(ModelState):
             logical=self._logical[:rows],
             candidates=[self._lanes(lanes, chosen) for chosen in plan.candidates],
             padded=batch.num_tokens_after_padding,
-            plain=sampling.plain and not mixed and not late.any() and bool(heads.all()),
+            plain=sampling.plain and not mixed and not len(self._late) and bool(heads.all()),
             row_stop=None if stops is None else self._to_device(stops),
-            defer=self._to_device(late) if late.any() else None,
+            defer=self._to_device(late) if len(self._late) else None,
         )
-        self._late = np.nonzero(late)[0]
         self._bill = StepBill(
             list(batch.req_ids),
             requests.epochs(batch.req_ids),
