@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 
-MODES = ("skip", "exact")
-"""K/V modes a request may choose; `full` is what a threshold of 1 gives in either."""
+AUTO, LOSSLESS = "auto", "lossless"
+MODES = (AUTO, "skip", "exact", LOSSLESS)
+"""Exit modes a request may choose. `auto` is `lossless` where every loop is asked for, else `skip`."""
 
 DEPTH_FIELDS = ("exit_threshold", "min_loops", "max_loops", "exit_mode")
 FORCED = "forced_depths"
+DRAFTS = "drafts"
+"""The server's setting that turns drafts off."""
 
 
 class DepthError(ValueError):
@@ -216,10 +219,14 @@ class ExitParams:
 
     Attributes:
         exit_threshold: q of the Q-exit rule, 0..1. At 1 the gate is off: `max_loops` loops run.
-        min_loops, max_loops: bounds on the depth of every generated token, 1..T.
-        exit_mode: `skip` (deeper loops are not run) or `exact` (they run later, off the read-out).
+        min_loops, max_loops: bounds on the depth of every generated token, 1..T; in `lossless`, of
+            every draft.
+        exit_mode: `skip` (deeper loops are not run), `exact` (they run later, off the read-out),
+            `lossless` (they run later, and the last one has the last word), or `auto`.
         forced_depths: if not empty, token i is read out at `forced_depths[i % len]`, whatever the
-            gate says. For benchmarks and tests; values 1..T.
+            gate says; in `lossless`, drafted there. For benchmarks and tests; values 1..T.
+        guided: nobody gave a threshold for this request: in `lossless`, the server's rule says
+            where to draft.
     """
 
     exit_threshold: float
@@ -227,6 +234,7 @@ class ExitParams:
     max_loops: int
     exit_mode: str
     forced_depths: tuple[int, ...] = ()
+    guided: bool = False
 
     @property
     def gate_threshold(self) -> float:
@@ -268,15 +276,35 @@ class ExitParams:
                 raise DepthError(FORCED, f"{FORCED} must be a non-empty list")
             depths = tuple(check_loops(FORCED, d, loops) for d in forced)
             params = replace(params, forced_depths=depths)
+        if forced is not None or "exit_threshold" in picked:
+            params = replace(params, guided=False)
         return params
+
+    def settled(self, loops: int) -> ExitParams:
+        """With the mode that `auto` stands for, of a model of `loops` loops."""
+        if self.exit_mode != AUTO:
+            return self
+        if self.gate_threshold >= 1 and self.max_loops == loops and not self.forced_depths:
+            return replace(self, exit_mode=LOSSLESS, guided=True)
+        return replace(self, exit_mode="skip")
+
+    def controls(self) -> dict[str, Any]:
+        """The controls that `parse` makes these of again, but for forced depths."""
+        names = [name for name in DEPTH_FIELDS if name != "exit_threshold" or not self.guided]
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """The served model's number of loops T, and the depth controls of a request that sets none."""
+    """The served model's number of loops T, and the depth controls of a request that sets none.
+
+    Attributes:
+        drafts: whether a lossless request may be drafted; else its tokens only run every loop.
+    """
 
     loops: int
     defaults: ExitParams
+    drafts: bool = True
 
     @classmethod
     def of(cls, vllm_config: Any) -> LoopConfig:
@@ -297,14 +325,30 @@ class LoopConfig:
         threshold = getattr(hf_config, "early_exit_threshold", None)
         check_config({"total_ut_steps": loops, "early_exit_threshold": threshold})
         given = dict(given or {})
+        known = (*DEPTH_FIELDS, DRAFTS)
         for name in given:
-            if name not in DEPTH_FIELDS:
+            if name not in known:
                 raise DepthError(
-                    name, f"unknown setting {name!r} of ouro; known are {', '.join(DEPTH_FIELDS)}"
+                    name, f"unknown setting {name!r} of ouro; known are {', '.join(known)}"
                 )
+        drafts = given.pop(DRAFTS, True)
+        if not isinstance(drafts, bool):
+            raise DepthError(DRAFTS, f"{DRAFTS} must be true or false, got {drafts!r}")
         threshold = 1.0 if threshold is None else min(float(threshold), 1.0)
-        built_in = ExitParams(threshold, 1, loops, "skip")
-        return cls(loops, ExitParams.parse(given, built_in, loops))
+        built_in = ExitParams(threshold, 1, loops, AUTO)
+        defaults = ExitParams.parse(given, built_in, loops)
+        return cls(loops, replace(defaults, guided=True), drafts)
+
+    def request(self, given: Mapping[str, Any] | None) -> ExitParams:
+        """Depth controls of a request whose `extra_args` are `given`, its mode settled.
+
+        Raises:
+            DepthError: naming the first field that is wrong.
+        """
+        params = ExitParams.parse(given, self.defaults, self.loops).settled(self.loops)
+        if params.exit_mode == LOSSLESS and not self.drafts:
+            return ExitParams(1.0, 1, self.loops, LOSSLESS)
+        return params
 
 
 def check_threshold(value: Any, param: str = "exit_threshold") -> float:
@@ -329,61 +373,4 @@ def check_mode(value: Any, param: str = "exit_mode") -> str:
     return value
 
 
-PARTS = ("block", "metadata", "read_out", "stand_in", "plan")
-"""Where the time of a step's passes goes: the block itself; attention metadata; logits and
-sampling; stand-in K/V; planning, exit rule and moving states."""
-
-
-@dataclass
-class StepReport:
-    """What the passes of one engine step did.
-
-    Attributes:
-        pass_rows: rows (cells) of each pass, in order; at most T entries.
-        rows_by_loop: entry t: cells run at loop t + 1.
-        tokens: tokens sampled in the step.
-        seconds: wall time of the passes by part (`PARTS`).
-    """
-
-    pass_rows: list[int] = field(default_factory=list)
-    rows_by_loop: list[int] = field(default_factory=list)
-    tokens: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
-class Delivery(NamedTuple):
-    """Tokens of one request handed to its client at once, `seconds` after the ones before."""
-
-    request: str
-    seconds: float
-    tokens: int
-
-
-class Finished(NamedTuple):
-    """A request that ended: its tokens, the sum of their depths, and its mean time per token after
-    the first (None without any)."""
-
-    depth_sum: int
-    tokens: int
-    seconds_per_token: float | None = None
-
-
-@dataclass
-class DepthReport:
-    """What one engine iteration brought to the API process (`IterationStats.ouro`).
-
-    Attributes:
-        depths, loops_run: one entry per token that was handed to a client.
-        deliveries: the same tokens by request, without each request's first delivery.
-        finished: the requests that ended.
-        steps: the engine steps reported.
-    """
-
-    depths: list[int] = field(default_factory=list)
-    loops_run: list[int] = field(default_factory=list)
-    deliveries: list[Delivery] = field(default_factory=list)
-    finished: list[Finished] = field(default_factory=list)
-    steps: list[StepReport] = field(default_factory=list)
-
-
-assert {f.name for f in fields(ExitParams)} == {*DEPTH_FIELDS, FORCED}
+assert {f.name for f in fields(ExitParams)} == {*DEPTH_FIELDS, FORCED, "guided"}

@@ -6,7 +6,7 @@ vLLM's `/metrics` exports it.
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 
-from ouro_runtime.config import DepthReport, Finished, StepReport
+from ouro_runtime.reports import DepthReport, Finished, StepReport
 
 PREFIX = "ouro_"
 STEP_BUCKETS = tuple(2**i for i in range(14))

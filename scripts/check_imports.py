@@ -52,6 +52,7 @@ RULES = (
             "cache": ("ouro_runtime.engine", "ouro_runtime.loop"),
             "model": ("ouro_runtime.engine", "ouro_runtime.loop"),
             "config": ("ouro_runtime.*",),
+            "reports": ("ouro_runtime.*",),
             "metrics": ("ouro_runtime.engine", "ouro_runtime.loop", "ouro_runtime.model"),
         }.items()
     ),

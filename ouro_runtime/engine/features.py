@@ -12,7 +12,7 @@ from typing import Any
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
-from ouro_runtime.config import DEPTH_FIELDS, FORCED, DepthError, ExitParams, LoopConfig
+from ouro_runtime.config import DEPTH_FIELDS, FORCED, DepthError, LoopConfig
 from ouro_runtime.engine.pin import SeamError
 
 SAMPLING = {
@@ -84,7 +84,7 @@ def check(params: Any, config: LoopConfig, *, resumable: bool, open_args: bool) 
         if name not in (*OWN, *VLLMS) and not open_args:
             known = ", ".join(OWN)
             raise DepthError(str(name), f"unknown field {name!r} in extra_args; known are {known}")
-    ExitParams.parse(extra, config.defaults, config.loops)
+    config.request(extra)
 
 
 def check_lists(kind: str, lists: Mapping[str, str], found: tuple[str, ...]) -> None:

@@ -5,8 +5,8 @@ per output that only mixture-of-experts models fill: here the tokens' notes (`st
 already trims it to the tokens kept when a stop string is found. What a step's passes did rides in
 an output for a request id that nobody has; vLLM drops it, we read it on the way.
 
-In the API process `install()` makes every `CompletionOutput` carry `depths`, `loops_run` and
-`exit_cdf`, aligned with `token_ids`, and `IterationStats` carry `ouro`, a `DepthReport`, for the
+In the API process `install()` makes every `CompletionOutput` carry `depths`, `loops_run`, `drafts`,
+`drafts_dropped` and `exit_cdf`, aligned with `token_ids`, and `IterationStats` carry `ouro`, a `DepthReport`, for the
 metrics.
 """
 
@@ -24,18 +24,12 @@ from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
-from ouro_runtime.config import (
-    PARTS,
-    Delivery,
-    DepthReport,
-    Finished,
-    LoopConfig,
-    StepReport,
-)
+from ouro_runtime.config import LoopConfig
 from ouro_runtime.engine import features
 from ouro_runtime.engine.pin import SeamError, check_parameters
-from ouro_runtime.engine.step_output import unpack_cdf
+from ouro_runtime.engine.step_output import COUNTS, unpack_cdf
 from ouro_runtime.pace import Pace
+from ouro_runtime.reports import PARTS, Delivery, DepthReport, Finished, StepReport
 
 REPORT_ID = "ouro-step-report"
 
@@ -141,6 +135,8 @@ def _read_reports() -> None:
                 depths = notes.depths[count:]
                 report.depths += depths
                 report.loops_run += notes.loops_run[count:]
+                report.drafts += notes.drafts[count:]
+                report.drafts_dropped += sum(notes.drafts_dropped[count:])
                 if depths:
                     seconds = notes.pace.deliver(now, len(depths))
                     if seconds is not None:
@@ -160,6 +156,8 @@ class _Notes:
 
     depths: list[int] = field(default_factory=list)
     loops_run: list[int] = field(default_factory=list)
+    drafts: list[int] = field(default_factory=list)
+    drafts_dropped: list[int] = field(default_factory=list)
     exit_cdf: list[list[float]] = field(default_factory=list)
     pace: Pace = field(default_factory=Pace)
 
@@ -170,8 +168,8 @@ def _notes(state: Any) -> _Notes:
         state._ouro_notes = _Notes()
     notes = state._ouro_notes
     for packed in state.routed_experts_chunks:
-        notes.depths += packed[:, 0].tolist()
-        notes.loops_run += packed[:, 1].tolist()
+        for place, name in enumerate(COUNTS):
+            getattr(notes, name).extend(packed[:, place].tolist())
         notes.exit_cdf += unpack_cdf(packed)
     state.routed_experts_chunks = []
     return notes
@@ -187,9 +185,8 @@ def _attach_depths() -> None:
         start = 0
         if self.output_kind == RequestOutputKind.DELTA:
             start = len(notes.depths) - len(output.token_ids)
-        output.depths = notes.depths[start:]
-        output.loops_run = notes.loops_run[start:]
-        output.exit_cdf = notes.exit_cdf[start:]
+        for name in (*COUNTS, "exit_cdf"):
+            setattr(output, name, getattr(notes, name)[start:])
         return output
 
     RequestState._new_completion_output = attaching
@@ -205,9 +202,8 @@ def _merge_depths() -> None:
             for newer in next_output.outputs:
                 older: CompletionOutput | None = held.get(newer.index)
                 if older is not None and hasattr(older, "depths"):
-                    older.depths = older.depths + newer.depths
-                    older.loops_run = older.loops_run + newer.loops_run
-                    older.exit_cdf = older.exit_cdf + newer.exit_cdf
+                    for name in (*COUNTS, "exit_cdf"):
+                        setattr(older, name, getattr(older, name) + getattr(newer, name))
         add(self, next_output, aggregate)
 
     RequestOutput.add = merging

@@ -41,7 +41,7 @@ class LoopRequest:
         if sampling.eos_token_id is not None:
             stops.add(sampling.eos_token_id)
         return cls(
-            params=ExitParams.parse(sampling.extra_args, config.defaults, config.loops),
+            params=config.request(sampling.extra_args),
             stops=frozenset(stops),
             max_tokens=sampling.max_tokens,
             prompt=prompt,

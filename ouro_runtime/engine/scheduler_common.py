@@ -55,8 +55,7 @@ class LoopSchedulerMixin:
 
     def _exit_params(self, request: Request) -> ExitParams:
         assert request.sampling_params is not None
-        config = self.loop_config
-        return ExitParams.parse(request.sampling_params.extra_args, config.defaults, config.loops)
+        return self.loop_config.request(request.sampling_params.extra_args)
 
     def _clean_length(self, request: Request) -> int:
         """Leading positions of a request that have, or had, true K/V at every loop."""

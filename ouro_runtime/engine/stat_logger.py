@@ -8,10 +8,11 @@ from typing import Any
 
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
-from ouro_runtime.config import DepthReport, LoopConfig
+from ouro_runtime.config import LoopConfig
 from ouro_runtime.engine.outputs import is_ouro
 from ouro_runtime.engine.pin import SeamError
 from ouro_runtime.metrics import DepthMetrics
+from ouro_runtime.reports import DepthReport
 
 
 class OuroStatLogger(AggregateStatLoggerBase):

@@ -1,11 +1,12 @@
 """What a step tells the scheduler besides tokens; rides on `ModelRunnerOutput.ouro`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ouro_runtime.config import StepReport
 from ouro_runtime.loop.rows import Readout
+from ouro_runtime.reports import StepReport
 
 CDF_STEPS = 10_000
 """A CDF travels as a whole number of these parts of 1."""
@@ -28,31 +29,43 @@ class StepOutput:
         return self.notes[req_id][:, 0].tolist()
 
 
-def pack_notes(depth: np.ndarray, loops_run: np.ndarray, cdf: np.ndarray) -> np.ndarray:
-    """[..., 2 + T] int16: depth and loops run [...], the gate's CDF after each loop [..., T]."""
-    notes = np.empty((*depth.shape, 2 + cdf.shape[-1]), np.int16)
-    notes[..., 0], notes[..., 1] = depth, loops_run
-    notes[..., 2:] = np.rint(CDF_STEPS * cdf)
+COUNTS = ("depths", "loops_run", "drafts", "drafts_dropped")
+"""What a token's note counts, in order: the loop at which it was first known; loops run for it; the
+loop at which it was drafted, 0 if it was not; drafts of later tokens that were dropped with it."""
+
+
+def pack_notes(counts: Sequence[np.ndarray], cdf: np.ndarray) -> np.ndarray:
+    """[..., 4 + T] int16: the `COUNTS` [...] each, the gate's CDF after each loop [..., T]."""
+    notes = np.empty((*cdf.shape[:-1], len(COUNTS) + cdf.shape[-1]), np.int16)
+    for place, count in enumerate(counts):
+        notes[..., place] = count
+    notes[..., len(COUNTS) :] = np.rint(CDF_STEPS * cdf)
     return notes
 
 
 def note_tokens(readouts: list[Readout], requests: int, loops: int) -> list[np.ndarray]:
     """Notes of the tokens that a step's passes read out, by request; T is `loops`."""
     if not readouts:
-        return [np.zeros((0, 2 + loops), np.int16)] * requests
-    req, depth, every, cdf = (
+        return [np.zeros((0, len(COUNTS) + loops), np.int16)] * requests
+    req, final, *counts, cdf = (
         np.concatenate(parts)
         for parts in zip(
-            *((out.req, out.depth, out.runs_every_loop, out.cdf) for out in readouts), strict=True
+            *(
+                (out.req, out.final, out.depth, out.loops_run, out.drafted, out.dropped, out.cdf)
+                for out in readouts
+            ),
+            strict=True,
         )
     )
-    notes = pack_notes(depth, np.where(every, loops, depth), cdf)
+    notes = pack_notes(counts, cdf)
+    if not final.all():
+        req, notes = req[final], notes[final]
     notes = notes[np.argsort(req, kind="stable")]
     end = np.cumsum(np.bincount(req, minlength=requests)).tolist()
     return [notes[a:b] for a, b in zip([0, *end], end, strict=False)]
 
 
 def unpack_cdf(notes: np.ndarray) -> list[list[float]]:
-    """Of what `pack_notes` made, [tokens, 2 + T]: CDF(1)..CDF(depth) by token, to four digits."""
-    cdf = (notes[:, 2:] / CDF_STEPS).tolist()
+    """Of what `pack_notes` made, [tokens, 4 + T]: CDF(1)..CDF(depth) by token, to four digits."""
+    cdf = (notes[:, len(COUNTS) :] / CDF_STEPS).tolist()
     return [row[:depth] for row, depth in zip(cdf, notes[:, 0].tolist(), strict=True)]

@@ -45,7 +45,8 @@ class Defaults:
                     name,
                     f"{name!r:.100} is no default of depth; known are {', '.join(DEPTH_FIELDS)}",
                 )
-        self._base = ExitParams.parse(fields, self._base, self._loops)
+        changed = ExitParams.parse(fields, self._base, self._loops)
+        self._base = replace(changed, guided=self._base.guided)
 
     def steer(self, thresholds: Mapping[str, float]) -> None:
         """Put thresholds in force by priority class, in place of all earlier ones.

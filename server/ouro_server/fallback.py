@@ -20,9 +20,9 @@ def complete_requests(engine_client: Any, served: ServedDepth) -> None:
         given = sampling_params.extra_args or {}
         if any(given.get(name) is None for name in DEPTH_FIELDS):
             defaults = served.defaults.for_class(served.book.default_class)
-            params = ExitParams.parse(given, defaults, served.loops)
-            controls = {name: getattr(params, name) for name in DEPTH_FIELDS}
-            sampling_params.extra_args = {**given, **controls}
+            others = {k: v for k, v in given.items() if k not in DEPTH_FIELDS}
+            params = ExitParams.parse(given, defaults, served.loops).settled(served.loops)
+            sampling_params.extra_args = {**others, **params.controls()}
         return generate(prompt, sampling_params, *args, **kwargs)
 
     engine_client.generate = completing

@@ -39,8 +39,8 @@ class Resolved:
     priority_class: str | None
 
     def controls(self) -> dict[str, Any]:
-        """The four controls, for `SamplingParams.extra_args`."""
-        return {name: getattr(self.params, name) for name in DEPTH_FIELDS}
+        """For `SamplingParams.extra_args`."""
+        return self.params.controls()
 
 
 def resolve(
@@ -70,7 +70,7 @@ def resolve(
         base = defaults.base if explicit else defaults.for_class(priority_class)
     else:
         base = ExitParams.parse(book.presets[preset].controls, defaults.base, loops)
-    params = ExitParams.parse(explicit, base, loops)
+    params = ExitParams.parse(explicit, base, loops).settled(loops)
     if source == "preset":
         _check_agreement(explicit, book.presets[str(preset)])
     return Resolved(params, "request" if explicit else source, preset, priority_class)

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 
-from ouro_runtime.config import DepthReport
+from ouro_runtime.reports import DepthReport
 from ouro_server.controller import Controller, Law, thresholds
 from ouro_server.defaults import Defaults
 from ouro_server.latency import LatencyWindow

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 
-from ouro_runtime.config import DepthReport, Finished, StepReport
 from ouro_runtime.engine.pin import SeamError
 from ouro_runtime.engine.stat_logger import OuroStatLogger, listen
 from ouro_runtime.metrics import DepthMetrics, depth_buckets, unregister
+from ouro_runtime.reports import DepthReport, Finished, StepReport
 
 MODEL = {"model_name": "m"}
 

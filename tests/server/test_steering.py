@@ -7,7 +7,8 @@ import asyncio
 import pytest
 from prometheus_client import CollectorRegistry
 
-from ouro_runtime.config import Delivery, DepthReport, ExitParams
+from ouro_runtime.config import ExitParams
+from ouro_runtime.reports import Delivery, DepthReport
 from ouro_server import steering as module
 from ouro_server.controller import Law
 from ouro_server.defaults import Defaults

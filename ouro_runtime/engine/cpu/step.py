@@ -19,7 +19,6 @@ from vllm.v1.outputs import LogprobsTensors
 
 from ouro_runtime.cache.pages import LoopPages
 from ouro_runtime.cache.standin import StandIns
-from ouro_runtime.config import PARTS, StepReport
 from ouro_runtime.engine.cpu.sampler import StepSampler
 from ouro_runtime.engine.requests import LoopRequest
 from ouro_runtime.engine.step_output import StepOutput, note_tokens
@@ -27,6 +26,7 @@ from ouro_runtime.loop.executor import StepExecutor, StepResult
 from ouro_runtime.loop.planner import StepPlan
 from ouro_runtime.loop.rows import Left, Rows, Segments
 from ouro_runtime.model.cpu_attention import Cells
+from ouro_runtime.reports import PARTS, StepReport
 
 
 class CPUStep:

@@ -11,9 +11,9 @@ import torch
 from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.gpu.async_utils import async_copy_to_np, stream
 
-from ouro_runtime.config import PARTS, StepReport
 from ouro_runtime.engine.step_output import StepOutput, pack_notes
 from ouro_runtime.exit.cdf import exit_cdf
+from ouro_runtime.reports import PARTS, StepReport
 
 
 @dataclass
@@ -56,7 +56,9 @@ class StepBill:
         )
         cells += self.rows - int(lanes.sum())
         history = packed[:, loops + 2 :].view(np.float32).reshape(-1, loops, loops)
-        notes = pack_notes(depths, ran, exit_cdf(survival_at_exit(history, depths, start), depths))
+        none = np.zeros_like(depths)
+        cdf = exit_cdf(survival_at_exit(history, depths, start), depths)
+        notes = pack_notes((depths, ran, none, none), cdf)
         amounts = count.tolist()
         return StepOutput(
             {r: notes[i, : amounts[i]] for i, r in enumerate(self.req_ids)},
