@@ -16,7 +16,8 @@ from transformers import PretrainedConfig
 
 AUTO, LOSSLESS = "auto", "lossless"
 MODES = (AUTO, "skip", "exact", LOSSLESS)
-"""Exit modes a request may choose. `auto` is `lossless` where every loop is asked for, else `skip`."""
+"""Exit modes a request may choose. `auto` is `lossless` where every loop is asked for, else
+`skip`."""
 
 DEPTH_FIELDS = ("exit_threshold", "min_loops", "max_loops", "exit_mode")
 FORCED = "forced_depths"

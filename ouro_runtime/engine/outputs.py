@@ -6,8 +6,8 @@ already trims it to the tokens kept when a stop string is found. What a step's p
 an output for a request id that nobody has; vLLM drops it, we read it on the way.
 
 In the API process `install()` makes every `CompletionOutput` carry `depths`, `loops_run`, `drafts`,
-`drafts_dropped` and `exit_cdf`, aligned with `token_ids`, and `IterationStats` carry `ouro`, a `DepthReport`, for the
-metrics.
+`drafts_dropped` and `exit_cdf`, aligned with `token_ids`, and `IterationStats` carry `ouro`, a
+`DepthReport`, for the metrics.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ouro_runtime.config import ExitParams, LoopConfig
+from ouro_runtime.config import LOSSLESS, ExitParams, LoopConfig
+from ouro_runtime.loop.draws import Draws
 from ouro_runtime.loop.limits import last_readout
 from ouro_runtime.loop.rows import Carried, Work
 
@@ -21,6 +22,7 @@ class LoopRequest:
         single: one token per step (a grammar or a thinking budget needs the host in between).
         depths: depth of each token read out so far. carried: rows left over from the last step.
         slot: where the CPU runner accounts for its stand-ins (`cache/standin.py`).
+        draws: the random numbers of its drafts (`cpu/sampler.py`).
         budget: what vLLM counts of its thoughts (`cpu/row_state.py`).
     """
 
@@ -32,6 +34,7 @@ class LoopRequest:
     depths: list[int] = field(default_factory=list)
     carried: list[Carried] = field(default_factory=list)
     slot: int = -1
+    draws: Draws = field(default_factory=Draws)
     budget: dict[str, Any] | None = None
 
     @classmethod
@@ -54,7 +57,9 @@ class LoopRequest:
         depths = self.params.forced_depths
         return np.array(depths) if depths else None
 
-    def work(self, start: int, count: int, known: int, max_model_len: int) -> Work:
+    def work(
+        self, start: int, count: int, known: int, max_model_len: int, drafts: bool = False
+    ) -> Work:
         """This request's part of a step; see `Work`."""
         params = self.params
         return Work(
@@ -68,6 +73,10 @@ class LoopRequest:
             max_loops=params.max_loops,
             forced=self._forced,
             exact=params.exit_mode == "exact",
+            lossless=params.exit_mode == LOSSLESS,
+            drafts=drafts,
+            guided=params.guided and params.exit_mode == LOSSLESS,
+            seat=self.slot,
             single=self.single,
             depths=self.depths,
             carried=self.carried,

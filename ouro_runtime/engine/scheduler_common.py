@@ -86,8 +86,8 @@ class LoopSchedulerMixin:
         """
         clean = self._clean.get(request.request_id)
         if clean is None:
-            exact = self._exit_params(request).exit_mode == "exact"
-            clean = CleanPrefix(request.num_prompt_tokens, self.loop_config.loops, exact)
+            mode = self._exit_params(request).exit_mode
+            clean = CleanPrefix(request.num_prompt_tokens, self.loop_config.loops, mode)
             self._clean[request.request_id] = clean
         clean.step(depths)
         if self.kv_cache_manager.enable_caching and written > 0:

@@ -14,8 +14,9 @@ import torch
 
 from ouro_runtime.exit.gate import survive
 from ouro_runtime.exit.policy import exit_mask
+from ouro_runtime.loop.drafts import DraftRule
 from ouro_runtime.loop.planner import StepPlan
-from ouro_runtime.loop.rows import NOBODY, NONE, Carried, Left, Move, Readout, Rows, Segments
+from ouro_runtime.loop.rows import HEAD, NOBODY, NONE, Carried, Left, Move, Readout, Rows, Segments
 
 
 class PassRunner(Protocol):
@@ -34,8 +35,14 @@ class PassRunner(Protocol):
     def embed(self, tokens: np.ndarray) -> torch.Tensor:
         """Embeddings [M, H] of token ids [M] int64."""
 
-    def sample(self, req: np.ndarray, hidden: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Read out and sample states [M, H] of requests [M]: tokens [M], finished [M] bool."""
+    def read_out(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [M, vocab] of states [M, H]."""
+
+    def sample(self, req: np.ndarray, logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Sample logits [M, vocab] of requests [M]: tokens [M], finished [M] bool."""
+
+    def draft(self, req: np.ndarray, logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """What `sample` would say there, as far as the tokens drafted so far are right."""
 
     def stand_in(self, left: Left) -> None:
         """From now on the K/V of positions at their last loop stands for their deeper ones."""
@@ -89,11 +96,12 @@ class StepExecutor:
     """Runs steps of a model of T loops.
 
     Args:
-        loops: T.
+        loops: T. rule: where to draft tokens of lossless requests that are `guided`.
     """
 
-    def __init__(self, loops: int) -> None:
+    def __init__(self, loops: int, rule: DraftRule | None = None) -> None:
         self.loops = loops
+        self.rule = rule or DraftRule(loops)
 
     def run(
         self,
@@ -111,7 +119,7 @@ class StepExecutor:
         result = StepResult(
             carried=[[] for _ in plan.work], rows_by_loop=np.zeros(self.loops, np.int64)
         )
-        hidden = self._restore(plan, embedded)
+        hidden = self._restore(plan, embedded, runner)
         kept = _LastStates(plan, embedded) if keep_hidden else None
         while len(plan.rows) and plan.passes_left:
             rows = plan.rows
@@ -120,8 +128,10 @@ class StepExecutor:
             runner.prepare(rows, plan.segments())
             hidden, halt = runner.run_pass(hidden, rows)
             out = plan.readout(self._exits(plan, halt))
-            tokens, finished = self._read_out(out, hidden, runner, result)
-            move = plan.advance(out, finished)
+            tokens, finished = self._read_out(plan, out, hidden, runner, result)
+            if plan.drafting:
+                self._learn(plan, out, tokens)
+            move = plan.advance(out, tokens, finished)
             if len(move.left):
                 runner.stand_in(move.left)
             if kept is not None:
@@ -137,12 +147,14 @@ class StepExecutor:
             result.hidden = kept.hidden
         return result
 
-    def _restore(self, plan: StepPlan, embedded: torch.Tensor) -> torch.Tensor:
+    def _restore(self, plan: StepPlan, embedded: torch.Tensor, runner: PassRunner) -> torch.Tensor:
         """Initial states [N, H]: embeddings, with carried states in their places."""
         if not plan.restore:
             return embedded
         hidden = embedded.new_empty(len(plan.rows), embedded.shape[1])
         hidden[: plan.scheduled] = embedded
+        if len(plan.born):
+            hidden[len(hidden) - len(plan.born) :] = runner.embed(plan.born)
         index = torch.from_numpy(np.array([row for row, _ in plan.restore]))
         states = torch.stack([carried.hidden for _, carried in plan.restore])
         return hidden.index_copy_(0, index, states)
@@ -151,11 +163,29 @@ class StepExecutor:
         """Update survival and apply the exit rule to every row: [N] bool."""
         rows = plan.rows
         rows.survival = survive(rows.survival, halt.numpy())
-        threshold = plan.threshold[rows.req]
-        return exit_mask(rows.survival, rows.loop + 1, threshold, rows.low, rows.high, self.loops)
+        threshold, depth = plan.threshold[rows.req], rows.loop + 1
+        exits = exit_mask(rows.survival, depth, threshold, rows.low, rows.high, self.loops)
+        guided = np.nonzero(plan.guided[rows.req] & (rows.stop == HEAD) & (depth < self.loops))[0]
+        if len(guided):
+            exits[guided] = self.rule.drafts(
+                plan.seat[rows.req[guided]], depth[guided], 1.0 - rows.survival[guided]
+            )
+            exits[guided] &= (depth >= rows.low)[guided] & (depth <= rows.high)[guided]
+        return exits
+
+    def _learn(self, plan: StepPlan, out: Readout, tokens: np.ndarray) -> None:
+        """Tell the rule which drafts were right."""
+        told = np.nonzero(out.final & (out.drafted > 0) & plan.guided[out.req])[0]
+        if not len(told):
+            return
+        rows, depth = out.rows[told], out.drafted[told]
+        cdf = 1.0 - plan.rows.history[rows, depth - 1]
+        right = plan.rows.draft[rows] == tokens[told]
+        self.rule.learn(plan.seat[out.req[told]], depth, cdf, right)
 
     def _read_out(
         self,
+        plan: StepPlan,
         out: Readout,
         hidden: torch.Tensor,
         runner: PassRunner,
@@ -166,15 +196,25 @@ class StepExecutor:
             return NONE, NOBODY
         result.readouts.append(out)
         states = hidden if len(out) == len(hidden) else _pick(hidden, out.rows)
-        if not out.deferred.any():
-            return runner.sample(out.req, states)
+        now = out.final & ~out.deferred
+        if now.all():
+            return runner.sample(out.req, runner.read_out(states))
         tokens, finished = np.zeros(len(out), np.int64), np.zeros(len(out), bool)
-        now = ~out.deferred
         for index in np.nonzero(out.deferred)[0]:
             result.deferred[int(out.req[index])] = states[index].clone()
-        if now.any():
-            picked = _pick(states, np.nonzero(now)[0])
-            tokens[now], finished[now] = runner.sample(out.req[now], picked)
+        read = np.nonzero(~out.deferred)[0]
+        if not len(read):
+            return tokens, finished
+        place = np.full(len(out), -1)
+        place[read] = np.arange(len(read))
+        logits = runner.read_out(states if len(read) == len(out) else _pick(states, read))
+        for which, sample in ((now, runner.sample), (~out.final, runner.draft)):
+            if sample == runner.draft and which.any():
+                # Final tokens first: they may show a draft of the same pass to be in vain.
+                which = which & ~plan.void(out, tokens, finished)
+            index = np.nonzero(which)[0]
+            if len(index):
+                tokens[index], finished[index] = sample(out.req[index], _pick(logits, place[index]))
         return tokens, finished
 
     def _follow(

@@ -8,6 +8,10 @@ its column of cells. Rows are of two kinds:
 - any other row only runs until it has done `stop` loops: prompt positions (T), positions being
   recomputed after a preemption (the depth they left at), and in `exact` mode positions that were
   read out and still owe their deeper loops.
+
+In `lossless` a head that is read out early only gives a *draft*: its successor starts, its own
+deeper loops run on, and after loop T it is read out again. If that is another token, what was
+started after it is dropped (`loop/drafts.py` says when to draft).
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from ouro_runtime.loop.rows import (
     HEAD,
     NOBODY,
     NONE,
+    OWED,
     STAY,
     Carried,
     Left,
@@ -53,15 +58,22 @@ class StepPlan:
         self._prompt = np.array([w.prompt for w in work], np.int64)
         self._last = np.array([w.last for w in work], np.int64)
         self._exact = np.array([w.exact for w in work], bool)
+        self._lossless = np.array([w.lossless for w in work], bool)
+        self._drafts = np.array([w.drafts and not w.single for w in work], bool)
+        self.drafting = bool(self._lossless.any())
+        self.guided = np.array([w.guided for w in work], bool)
+        self.seat = np.array([w.seat for w in work], np.int64)
         self._single = np.array([w.single for w in work], bool)
         self._known = np.array([w.known for w in work], np.int64)
         self._low, self._high = self._limits(work)
         self.rows = self._first_rows(work)
         self.scheduled = int(sum(w.count for w in work))
         self._segments: Segments | None = None
+        self._unborn: set[tuple[int, int]] = set()
 
     def _first_rows(self, work: list[Work]) -> Rows:
-        """Scheduled positions in request order, then the deeper rows carried over."""
+        """Scheduled positions in request order, then the other rows carried over, then the heads
+        whose drafts came too late to start them."""
         count = np.array([w.count for w in work], np.int64)
         start = np.array([w.start for w in work], np.int64)
         req = np.repeat(np.arange(len(work)), count)
@@ -71,40 +83,60 @@ class StepPlan:
         rows.stop[pos == self._known[req] - 1] = HEAD
         self.restore: list[tuple[int, Carried]] = []
         first = np.cumsum(count) - count
-        deep: list[tuple[int, Carried]] = []
+        others: list[tuple[int, Carried]] = []
+        born: list[tuple[int, Carried]] = []
         for index, w in enumerate(work):
             self._replay(rows, w, int(first[index]))
             for carried in w.carried:
-                if not carried.head:
-                    deep.append((index, carried))
+                if carried.next:
+                    born.append((index, carried))
+                if carried.position != w.start:
+                    assert w.lossless or not carried.head, "a carried head moved"
+                    others.append((index, carried))
                     continue
-                assert carried.position == w.start and w.count == 1, "a carried head moved"
-                row = int(first[index])
-                rows.loop[row] = carried.loop
-                rows.survival[row] = carried.history[carried.loop - 1]
-                rows.history[row] = carried.history
-                self.restore.append((row, carried))
-        if deep:
-            self.restore += [(len(rows) + i, c) for i, (_, c) in enumerate(deep)]
-            rows = rows.append(
-                self._new_rows(
-                    req=np.array([index for index, _ in deep], np.int64),
-                    pos=np.array([c.position for _, c in deep], np.int64),
-                    loop=np.array([c.loop for _, c in deep], np.int64),
-                )
+                assert w.count == 1, "a carried row moved"
+                self._take_up(rows, int(first[index]), carried)
+        if others:
+            at = len(rows)
+            taken = self._new_rows(
+                req=np.array([index for index, _ in others], np.int64),
+                pos=np.array([c.position for _, c in others], np.int64),
             )
+            rows = rows.append(taken)
+            for place, (_, carried) in enumerate(others):
+                self._take_up(rows, at + place, carried)
+        self.born = np.array([carried.draft for _, carried in born], np.int64)
+        if born:
+            heads = self._new_rows(
+                req=np.array([index for index, _ in born], np.int64),
+                pos=np.array([c.position + 1 for _, c in born], np.int64),
+            )
+            heads.stop[:] = HEAD
+            rows = rows.append(heads)
         return rows
+
+    def _take_up(self, rows: Rows, row: int, carried: Carried) -> None:
+        """Let `row` go on where the step before left it."""
+        rows.loop[row] = carried.loop
+        rows.survival[row] = carried.history[carried.loop - 1]
+        rows.history[row] = carried.history
+        rows.draft[row], rows.drafted[row] = carried.draft, carried.drafted
+        if carried.draft >= 0:
+            rows.stop[row] = OWED
+        else:
+            rows.stop[row] = HEAD if carried.head else self.loops
+        self.restore.append((row, carried))
 
     def _replay(self, rows: Rows, w: Work, first: int) -> None:
         """Positions of generated tokens that are computed again stop where they left before."""
-        if w.exact or w.start + w.count <= w.prompt or w.start >= w.known - 1:
+        if w.exact or w.lossless or w.start + w.count <= w.prompt or w.start >= w.known - 1:
             return
         offset, depths = replayed(w.depths, w.prompt, w.start, w.start + w.count, w.known)
         rows.stop[first + offset : first + offset + len(depths)] = depths
 
     def _limits(self, work: list[Work]) -> tuple[np.ndarray, np.ndarray]:
-        """(least, most) loops, both [R, T + 1] int64, of the tokens that a step may read out."""
-        ahead = np.arange(self.loops + 1)
+        """(least, most) loops, both [R, 2T] int64, of the tokens that a step may read out."""
+        ahead = np.arange(2 * self.loops)
         low, high = (
             np.repeat(np.array(limits, np.int64)[:, None], len(ahead), axis=1)
             for limits in ([w.min_loops for w in work], [w.max_loops for w in work])
@@ -150,7 +182,7 @@ class StepPlan:
         )
 
     def readout(self, exits: np.ndarray) -> Readout:
-        """Count the loop just run and name the heads that leave.
+        """Count the loop just run and name the rows that are read out.
 
         Args:
             exits: [N] bool, the exit rule's answer for every row (ignored where not a head).
@@ -158,27 +190,76 @@ class StepPlan:
         every = self.rows
         every.history[np.arange(len(every)), every.loop] = every.survival
         every.loop += 1
-        rows = np.nonzero(exits & (every.stop == HEAD))[0]
+        leaving = exits & (every.stop == HEAD)
+        if self.drafting:
+            # A draft of a request's last token would start nothing.
+            early = self._drafts[every.req] & (every.pos < self._last[every.req])
+            last = every.loop >= self.loops
+            leaving &= ~self._lossless[every.req] | early | last
+            leaving |= last & (every.stop == OWED)
+        rows = np.nonzero(leaving)[0]
         if not len(rows):
             cdf = np.zeros((0, self.loops), np.float32)
-            return Readout(rows, NONE, NONE, NOBODY, NOBODY, NOBODY, cdf)
+            return Readout(rows, NONE, NONE, NOBODY, NOBODY, NOBODY, cdf, NOBODY, NONE, NONE, NONE)
         req, depth = every.req[rows], every.loop[rows]
+        tail, lossless = every.pos[rows] == self._prompt[req] - 1, self._lossless[req]
+        exact = self._exact[req]
         return Readout(
             rows,
             req,
             depth,
-            tail=every.pos[rows] == self._prompt[req] - 1,
-            exact=self._exact[req],
+            tail=tail,
+            exact=exact,
             deferred=self._single[req],
             cdf=exit_cdf(every.history[rows], depth),
+            final=~lossless | (depth >= self.loops),
+            loops_run=np.where(tail | exact | lossless, self.loops, depth),
+            drafted=every.drafted[rows],
+            dropped=np.zeros(len(rows), np.int64),
         )
 
-    def advance(self, out: Readout, finished: np.ndarray) -> Move:
+    def void(self, out: Readout, tokens: np.ndarray, finished: np.ndarray) -> np.ndarray:
+        """[M] bool: drafts of `out` that are in vain, for their request has just ended or turned
+        out to go on otherwise.
+
+        Args:
+            tokens, finished: [M], of the final ones.
+        """
+        cut = self._cut(out, tokens, finished)
+        return ~out.final & (self.rows.pos[out.rows] > cut[out.req])
+
+    def _cut(self, out: Readout, tokens: np.ndarray, finished: np.ndarray) -> np.ndarray:
+        """[R] int64, of every request: positions after this one are dropped."""
+        draft = self.rows.draft[out.rows]
+        ends = out.final & self._lossless[out.req] & (finished | ((draft >= 0) & (draft != tokens)))
+        cut = np.full(len(self.work), HEAD, np.int64)
+        cut[out.req[ends]] = self.rows.pos[out.rows[ends]]
+        return cut
+
+    def _settle(self, out: Readout, tokens: np.ndarray, finished: np.ndarray) -> np.ndarray:
+        """Hold the final tokens of lossless requests against their drafts, and bill what is dropped
+        to the token it is dropped with.
+
+        Returns:
+            [N] bool: rows that are dropped.
+        """
+        rows = self.rows
+        gone = rows.pos > self._cut(out, tokens, finished)[rows.req]
+        if gone.any():
+            place = np.zeros(len(self.work), np.int64)
+            place[out.req[out.final]] = np.nonzero(out.final)[0]
+            at = place[rows.req[gone]]
+            np.add.at(out.loops_run, at, rows.loop[gone])
+            np.add.at(out.dropped, at, rows.draft[gone] >= 0)
+        return gone
+
+    def advance(self, out: Readout, tokens: np.ndarray, finished: np.ndarray) -> Move:
         """Rows of the next pass.
 
         Args:
-            out: what `readout` returned. finished: [M] bool, the request ended with this token;
-                it ends at its last position whatever this says.
+            out: what `readout` returned. tokens: [M] int64, read only of lossless requests.
+            finished: [M] bool, the request ends with this token; it ends at its last position
+                whatever this says.
         """
         self.passes_left -= 1
         over = np.nonzero(self.rows.loop >= self.rows.stop)[0]  # never a head
@@ -188,16 +269,19 @@ class StepPlan:
         self._segments = None
         pos = self.rows.pos[out.rows]
         finished = finished | (pos >= self._last[out.req])
-        stays, starts = self._fates(out, finished)
+        gone = self._settle(out, tokens, finished) if self.drafting else None
+        stays, starts = self._fates(out, tokens, finished, gone)
         left, done = self._leave(out, pos, over, stays, finished)
 
         reuse = np.nonzero(starts & ~stays)[0]
         append = np.nonzero(starts & stays)[0]
         reuse_rows = out.rows[reuse]
         self.rows.stop[out.rows] = self.loops  # read out: heads no more
+        if self.drafting:
+            self._draft(out, tokens, finished)
         if len(reuse):
             self._begin(reuse_rows, out.req[reuse], pos[reuse] + 1)
-        keep = self._kept(done, reuse_rows, out.req[finished & out.exact & ~out.tail])
+        keep = self._kept(done, reuse_rows, out.req[finished & out.exact & ~out.tail], gone)
         if keep is not None:
             self.rows = self.rows.take(keep)
         if len(append):
@@ -206,13 +290,32 @@ class StepPlan:
             self.rows = self.rows.append(born)
         return Move(left, reuse, reuse_rows, append, keep, done)
 
-    def _fates(self, out: Readout, finished: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _fates(
+        self, out: Readout, tokens: np.ndarray, finished: np.ndarray, gone: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Of the rows read out, [M] bool each: those that stay to run their deeper loops, and those
         whose token's position starts in the next pass."""
-        stays = (out.depth < self.loops) & (out.tail | (out.exact & ~finished))
-        if self.passes_left:
-            return stays, ~(finished | out.deferred)
-        return stays, np.zeros(len(out), bool)
+        stays = (out.depth < self.loops) & (out.tail | (out.exact & ~finished) | ~out.final)
+        starts = ~(finished | out.deferred) if self.passes_left else np.zeros(len(out), bool)
+        if gone is not None:
+            # Dropped, or confirmed: its successor is on its way.
+            starts &= ~gone[out.rows] & ~(out.final & (self.rows.draft[out.rows] == tokens))
+        return stays, starts
+
+    def _draft(self, out: Readout, tokens: np.ndarray, finished: np.ndarray) -> None:
+        """Note the drafts of `out`, and of its final tokens at which loop they were first known."""
+        rows = self.rows
+        right = out.final & (rows.draft[out.rows] >= 0) & (rows.draft[out.rows] == tokens)
+        drafts = ~out.final
+        at = out.rows[drafts]
+        rows.draft[out.rows], rows.drafted[out.rows] = -1, 0
+        rows.draft[at], rows.drafted[at], rows.stop[at] = tokens[drafts], out.depth[drafts], OWED
+        if not self.passes_left:
+            late = drafts & ~finished
+            self._unborn = set(
+                zip(out.req[late].tolist(), rows.pos[out.rows[late]].tolist(), strict=True)
+            )
+        out.depth[right] = out.drafted[right]
 
     def _leave(
         self,
@@ -248,29 +351,33 @@ class StepPlan:
         rows.pos[at], rows.loop[at], rows.stop[at], rows.survival[at] = pos, 0, HEAD, 1.0
         rows.low[at], rows.high[at] = self._low[req, ahead], self._high[req, ahead]
 
-    def _kept(self, done: np.ndarray, reused: np.ndarray, ended: np.ndarray) -> np.ndarray | None:
-        """The rows that stay: not those done, unless reused, nor what generated positions of the
-        requests `ended` still have in flight. None if all do."""
+    def _kept(
+        self, done: np.ndarray, reused: np.ndarray, ended: np.ndarray, gone: np.ndarray | None
+    ) -> np.ndarray | None:
+        """The rows that stay: not those done, unless reused, nor those already `gone`, nor what
+        generated positions of the requests `ended` still have in flight. None if all do."""
         rows = self.rows
-        gone = np.zeros(len(rows), bool)
+        gone = np.zeros(len(rows), bool) if gone is None else gone
         gone[done] = True
         gone[reused] = False
         if len(ended):
             gone |= np.isin(rows.req, ended) & (rows.pos >= self._prompt[rows.req])
         return np.nonzero(~gone)[0] if gone.any() else None
 
-    def _new_rows(self, req: np.ndarray, pos: np.ndarray, loop: np.ndarray | None = None) -> Rows:
+    def _new_rows(self, req: np.ndarray, pos: np.ndarray) -> Rows:
         """Rows [M], no heads, that may run every loop, their survival not known yet."""
         ahead = np.maximum(pos + 1 - self._known[req], 0)
         return Rows(
             req=req,
             pos=pos,
-            loop=np.zeros(len(req), np.int64) if loop is None else loop,
+            loop=np.zeros(len(req), np.int64),
             stop=np.full(len(req), self.loops, np.int64),
             low=self._low[req, ahead],
             high=self._high[req, ahead],
             survival=np.ones(len(req), np.float32),
             history=np.ones((len(req), self.loops), np.float32),
+            draft=np.full(len(req), -1, np.int64),
+            drafted=np.zeros(len(req), np.int64),
         )
 
     def leftovers(self) -> list[tuple[int, int, Carried]]:
@@ -285,6 +392,9 @@ class StepPlan:
                     int(rows.loop[row]),
                     rows.history[row].copy(),
                     bool(rows.stop[row] == HEAD),
+                    int(rows.draft[row]),
+                    int(rows.drafted[row]),
+                    (int(rows.req[row]), int(rows.pos[row])) in self._unborn,
                 ),
             )
             for row in range(len(rows))

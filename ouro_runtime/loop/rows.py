@@ -15,6 +15,8 @@ class Carried:
     Attributes:
         position: of the token; loop: loops done; head: not read out yet.
         history: [T] float32, S(1)..S(loop), then anything.
+        draft: the token that was read out early here and is still to be confirmed; -1 if none.
+        drafted: the loop at which it was. next: its position has not been started yet.
         hidden: the state that enters the next loop (opaque here).
     """
 
@@ -22,6 +24,9 @@ class Carried:
     loop: int
     history: np.ndarray
     head: bool
+    draft: int = -1
+    drafted: int = 0
+    next: bool = False
     hidden: Any = None
 
 
@@ -35,7 +40,10 @@ class Work:
         prompt: tokens of the original prompt.
         last: the last position that may be read out (token and length limits).
         threshold, min_loops, max_loops: exit controls; `forced`, if any, [F] depths by token.
-        exact: K/V mode `exact`, else `skip`.
+        exact: K/V mode `exact`; lossless: `lossless`; neither: `skip`.
+        drafts: a lossless request may be drafted in this step.
+        guided: where to draft is the `DraftRule`'s to say, not the exit rule's.
+        seat: where the `DraftRule` keeps its record of the request.
         single: at most one token in this step, sampled after it (a grammar needs the host).
         depths: depth of each token read out so far, for the replay of a preempted request.
         carried: rows left over from the step before.
@@ -51,6 +59,10 @@ class Work:
     max_loops: int = 1
     forced: np.ndarray | None = None
     exact: bool = False
+    lossless: bool = False
+    drafts: bool = False
+    guided: bool = False
+    seat: int = 0
     single: bool = False
     depths: list[int] = field(default_factory=list)
     carried: list[Carried] = field(default_factory=list)
@@ -68,6 +80,8 @@ class Rows:
     high: np.ndarray  # int64, most loops of a head's token
     survival: np.ndarray  # float32, S(loop)
     history: np.ndarray  # [N, T] float32, S(1)..S(loop) of a head, then anything
+    draft: np.ndarray  # int64, the token drafted here and still to be confirmed, else -1
+    drafted: np.ndarray  # int64, the loop at which it was, else 0
 
     def __len__(self) -> int:
         return len(self.req)
@@ -85,6 +99,8 @@ class Rows:
 ROW_FIELDS = tuple(Rows.__dataclass_fields__)
 HEAD = 1 << 30
 """The `stop` of a head: only the exit rule ends it."""
+OWED = HEAD + 1
+"""The `stop` of a row that was drafted: read out once more, after loop T."""
 
 
 @dataclass
@@ -107,10 +123,16 @@ class Segments:
 
 @dataclass
 class Readout:
-    """Heads read out after a pass.
+    """Rows read out after a pass.
 
     Attributes:
-        rows: [M] int64, their rows. req, depth: [M] int64.
+        rows: [M] int64, their rows. req: [M] int64.
+        depth: [M] int64, the loop of the read-out; once `StepPlan.advance` has held it against its
+            draft, the loop at which the token was first known.
+        final: [M] bool, the token stays; else it is a draft.
+        loops_run: [M] int64, cells run for the token, those of dropped positions included.
+        drafted: [M] int64, of a final one: the loop at which it was drafted, else 0.
+        dropped: [M] int64, drafts of later positions that were dropped with it.
         tail: [M] bool, the row is its prompt's last position.
         exact: [M] bool, K/V mode `exact`.
         deferred: [M] bool, sampled after the step, not now.
@@ -124,14 +146,13 @@ class Readout:
     exact: np.ndarray
     deferred: np.ndarray
     cdf: np.ndarray
+    final: np.ndarray
+    loops_run: np.ndarray
+    drafted: np.ndarray
+    dropped: np.ndarray
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    @property
-    def runs_every_loop(self) -> np.ndarray:
-        """[M] bool: positions that run all T loops: the prompt's, and all in `exact`."""
-        return self.tail | self.exact
 
 
 @dataclass

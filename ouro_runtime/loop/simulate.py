@@ -74,7 +74,7 @@ def simulate(traces: list[Trace], slots: int, loops: int, exact: bool = False) -
                 trace = running[index]
                 trace.produced += 1
                 finished[place] = trace.produced == len(trace.depths)
-            plan.advance(readout, finished)
+            plan.advance(readout, np.zeros(len(readout), np.int64), finished)
         for _, index, carried in plan.leftovers():
             running[index].carried.append(carried)
         out.tokens.append(sampled)

@@ -80,7 +80,7 @@ class Recorder:
                 assert out.depth[place] == request.depths[request.produced]
                 request.produced += 1
                 finished[place] = request.ended
-            left = plan.advance(out, finished).left
+            left = plan.advance(out, np.zeros(len(out), np.int64), finished).left
             for index, pos, depth in zip(left.req, left.pos, left.depth, strict=True):
                 self.filled[chosen[index]][int(pos)] = int(depth)
         for _, place, carried in plan.leftovers():

@@ -78,6 +78,7 @@ class OuroCPUModelRunner(CPUModelRunner):
                 state.sampling_params, state.num_prompt_tokens, self.loop_config
             )
             request.slot = self._stand_ins.open(request.prompt)
+            self.executor.rule.open(request.slot)
             self.loop_requests[req_id] = request
         return request
 
@@ -91,8 +92,10 @@ class OuroCPUModelRunner(CPUModelRunner):
             request = self.loop_requests.get(req_id)
             if request is not None and req_id in cached.resumed_req_ids:
                 request.carried = []
+                request.draws.drop()
                 self._stand_ins.rewind(request.slot, max(request.prompt, hit))
         self._scheduled = scheduler_output.num_scheduled_tokens
+        self._drafts = scheduler_output.ouro_drafts
         return super().execute_model(scheduler_output, intermediate_tensors)
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> tuple[dict, None]:
@@ -120,6 +123,7 @@ class OuroCPUModelRunner(CPUModelRunner):
                 count=self._scheduled[req_id],
                 known=state.num_tokens,
                 max_model_len=self.max_model_len,
+                drafts=self._drafts,
             )
             for index, (req_id, state, request) in enumerate(
                 zip(batch.req_ids, states, requests, strict=True)
@@ -131,7 +135,10 @@ class OuroCPUModelRunner(CPUModelRunner):
             model=self.model,
             requests=requests,
             sampler=StepSampler(
-                self.sampler, batch.sampling_metadata, [state.output_token_ids for state in states]
+                self.sampler,
+                batch.sampling_metadata,
+                [state.output_token_ids for state in states],
+                requests,
             ),
             pages=LoopPages(
                 batch.block_table[0].block_table.np, self._block_size, self.loop_config.loops

@@ -3,14 +3,39 @@
 What the rows see of the batch's state is `cpu/row_state.py`'s business.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+from operator import attrgetter
+
 import numpy as np
 import torch
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
+from ouro_runtime.config import LOSSLESS
 from ouro_runtime.engine.cpu.row_state import is_idle, rows_of
+from ouro_runtime.engine.requests import LoopRequest
+from ouro_runtime.loop.draws import Draws
 from ouro_runtime.loop.greedy import argmax
+
+SAMPLING_EPS = 1e-5
+"""Below this temperature vLLM takes the likeliest token."""
+
+place_of = attrgetter("position")
+
+
+class _NoDraws(Draws):
+    """Of a request that draws nothing."""
+
+    def drafting(self) -> None: ...
+
+    def rewind(self) -> None: ...
+
+    def confirm(self, ahead: object, right: bool) -> None: ...
+
+
+NO_DRAWS = _NoDraws()
 
 
 def is_bare_greedy(metadata: SamplingMetadata) -> bool:
@@ -34,19 +59,49 @@ class StepSampler:
     Args:
         sampler: vLLM's sampler. metadata: the step's. outputs: per request, the list of its output
             tokens that penalties and min_tokens read; it grows during the step, but not in a batch
-            that reads none (`is_bare_greedy`).
+            that reads none (`is_bare_greedy`). Drafts are never in it.
+        requests: what the worker remembers of each.
     """
 
     def __init__(
-        self, sampler: Sampler, metadata: SamplingMetadata, outputs: list[list[int]]
+        self,
+        sampler: Sampler,
+        metadata: SamplingMetadata,
+        outputs: list[list[int]],
+        requests: Sequence[LoopRequest] = (),
     ) -> None:
         self.sampler = sampler
         self.metadata = metadata
+        self.requests = requests
+        # By row, tokens drafted and not confirmed yet, in order.
+        self._drafted = {
+            row: [c.draft for c in sorted(request.carried, key=place_of) if c.draft >= 0]
+            for row, request in enumerate(requests)
+            if request.params.exit_mode == LOSSLESS
+        }
         self.outputs = outputs
         self._taken: list[tuple[np.ndarray, np.ndarray]] = []
         self._logprobs: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in outputs]
         self._stateful = [p for p in metadata.logitsprocs.all if not is_idle(p)]
         self._bare_greedy = is_bare_greedy(metadata)
+        if not self._bare_greedy and self._drafted:
+            self.metadata = replace(metadata, generators=self._generators())
+
+    def _generators(self) -> dict[int, torch.Generator]:
+        """vLLM's, and one for each lossless request that samples without a seed: its read-outs of a
+        position must draw the same."""
+        generators = dict(self.metadata.generators)
+        temperature = self.metadata.temperature
+        for row in self._drafted:
+            draws = self.requests[row].draws
+            if row in generators:
+                draws.generator = generators[row]
+            elif temperature is not None and temperature[row] >= SAMPLING_EPS:
+                if draws.generator is None:
+                    draws.generator = torch.Generator()
+                    draws.generator.manual_seed(int(torch.randint(0, 2**62, ())))
+                generators[row] = draws.generator
+        return generators
 
     def sample(self, rows: np.ndarray, logits: torch.Tensor) -> np.ndarray:
         """Sample `logits` [M, vocab] of batch indices `rows` [M]: tokens [M] int64."""
@@ -55,15 +110,47 @@ class StepSampler:
             self._taken.append((rows, tokens))
             return tokens
         tokens = np.empty(len(rows), np.int64)
+        ahead = {row: self._draws(row).rewind() for row in rows.tolist() if self._drafted.get(row)}
         for places in self._alike(rows):
             part = logits if len(places) == len(rows) else logits[torch.from_numpy(places)]
             tokens[places] = self._sample_alike(rows[places], part)
         self._taken.append((rows, tokens))
         for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
             self.outputs[row].append(token)
+            if row in ahead:
+                drafted = self._drafted[row]
+                right = drafted[0] == token
+                self._drafted[row] = drafted[1:] if right else []
+                self._draws(row).confirm(ahead[row], right)
         for processor in self._stateful:
             processor.update_state(None)
         return tokens
+
+    def draft(self, rows: np.ndarray, logits: torch.Tensor) -> np.ndarray:
+        """What `sample` would give if all tokens drafted so far were confirmed, as far as that can
+        be told: what vLLM counts of min_tokens is counted of confirmed tokens only. Nothing is
+        handed over, and no log-probability computed."""
+        if self._bare_greedy:
+            return argmax(logits)
+        metadata = rows_of(self.metadata, rows, len(self.outputs))
+        metadata = replace(
+            metadata,
+            max_num_logprobs=None,
+            logprob_token_ids=None,
+            output_token_ids=metadata.output_token_ids
+            and [self.outputs[row] + self._drafted[row] for row in rows.tolist()],
+        )
+        for row in rows.tolist():
+            self._draws(row).drafting()
+        out = self.sampler(logits=logits, sampling_metadata=metadata)
+        tokens = out.sampled_token_ids.view(-1).numpy().astype(np.int64)
+        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+            self._drafted[row].append(token)
+        return tokens
+
+    def _draws(self, row: int) -> Draws:
+        draws = self.requests[row].draws
+        return draws if row in self.metadata.generators else NO_DRAWS
 
     def _alike(self, rows: np.ndarray) -> list[np.ndarray]:
         """Places of `rows` that may be sampled together.

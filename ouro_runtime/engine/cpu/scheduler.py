@@ -13,10 +13,25 @@ from vllm.v1.engine import EngineCoreOutputs
 
 from ouro_runtime.engine.scheduler_common import LoopSchedulerMixin
 from ouro_runtime.engine.step_output import StepOutput
+from ouro_runtime.loop.drafts import DraftTrial
 
 
 class OuroScheduler(LoopSchedulerMixin, Scheduler):
     """Scheduler of looped models on CPU."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # T - 1 positions in flight, and T - 1 that a step starts.
+        if self.loop_config.drafts:
+            self.num_lookahead_tokens = 2 * (self.loop_config.loops - 1)
+        self.draft_trial: DraftTrial | None = DraftTrial()
+
+    def _update_after_schedule(self, scheduler_output: Any) -> None:
+        super()._update_after_schedule(scheduler_output)
+        scheduler_output.ouro_drafts = self.loop_config.drafts and (
+            self.draft_trial is None
+            or self.draft_trial.decide(len(scheduler_output.num_scheduled_tokens))
+        )
 
     def update_from_output(
         self, scheduler_output: Any, model_runner_output: Any
@@ -31,6 +46,12 @@ class OuroScheduler(LoopSchedulerMixin, Scheduler):
         result = super().update_from_output(scheduler_output, model_runner_output)
         if step is None:
             return result
+        scheduled = scheduler_output.num_scheduled_tokens
+        if self.draft_trial is not None and len(at_head) == len(scheduled) == sum(
+            scheduled.values()
+        ):
+            report = step.report
+            self.draft_trial.note(len(scheduled), sum(report.seconds.values()), report.tokens)
         self._add_depths(result, step)
         for req_id, request in at_head.items():
             if req_id in self.requests and not request.is_finished():

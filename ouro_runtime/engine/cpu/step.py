@@ -150,11 +150,24 @@ class CPUStep:
             return torch.nn.functional.embedding(ids, table.weight)
         return self.model.embed_input_ids(ids)
 
-    def sample(self, req: np.ndarray, hidden: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def read_out(self, hidden: torch.Tensor) -> torch.Tensor:
         with self._timed("read_out"):
-            tokens = self.sampler.sample(req, self.model.read_out(hidden))
-            pairs = zip(req.tolist(), tokens.tolist(), strict=True)
-            return tokens, np.array([token in self.requests[i].stops for i, token in pairs], bool)
+            return self.model.read_out(hidden)
+
+    def sample(self, req: np.ndarray, logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        with self._timed("read_out"):
+            tokens = self.sampler.sample(req, logits)
+            return tokens, self._stops(req, tokens)
+
+    def draft(self, req: np.ndarray, logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        with self._timed("read_out"):
+            tokens = self.sampler.draft(req, logits)
+            return tokens, self._stops(req, tokens)
+
+    def _stops(self, req: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """[M] bool, whether a request ends with its token."""
+        pairs = zip(req.tolist(), tokens.tolist(), strict=True)
+        return np.array([token in self.requests[index].stops for index, token in pairs], bool)
 
     def stand_in(self, left: Left) -> None:
         self.stand_ins.owe(self.slots[left.req], left.pos, left.depth)

@@ -10,6 +10,7 @@ so the slots reserved for a step hold whatever it writes.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -53,6 +54,7 @@ class OuroAsyncScheduler(LoopSchedulerMixin, AsyncScheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.loop_config = replace(self.loop_config, drafts=False)
         self._filled: dict[str, int] = {}
         self._most: dict[str, int] = {}
         self._flight: dict[str, deque[int]] = {}

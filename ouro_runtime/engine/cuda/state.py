@@ -9,6 +9,7 @@ warm-up, capture) runs the model once, as vLLM does.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,9 +40,9 @@ class OuroModelState(ModelState):
         super().__init__(vllm_config, model, encoder_cache, device)
         self.loops = LoopConfig.of(vllm_config).loops
         config = self.model_config.hf_config
-        self.requests = LaneRequests(
-            self.max_num_reqs, LoopConfig.of(vllm_config), self.max_model_len
-        )
+        # Lanes hold one position each: a lossless request runs every loop, and makes no drafts.
+        loop_config = replace(LoopConfig.of(vllm_config), drafts=False)
+        self.requests = LaneRequests(self.max_num_reqs, loop_config, self.max_model_len)
         self.buffers = LaneBuffers(
             self.max_num_tokens,
             self.max_num_reqs,

@@ -1,0 +1,157 @@
+"""When to draft: which early read-outs are likely right, and whether drafts pay. Plain numpy.
+
+A draft at loop d that is right saves T - d passes of its request; one that is wrong costs the rows
+that were started after it. Nothing here changes an answer: only when it is known, and what it
+costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+CLASSES = (0.1, 0.5)
+"""Bounds of the classes of the gate's CDF: a gate that knows tells them apart, one that does not
+makes them alike."""
+
+HOPE = (3.0, 4.0)
+"""(right, tried): what is taken for granted of drafts at a loop before any was tried."""
+
+REMEMBERED = 64.0
+"""Drafts of all requests, by loop and class, that the rule looks back on."""
+
+PRIOR = 4.0
+"""Drafts of its own that weigh as much in a request's record as all others'."""
+
+FIRST_WAIT, LONGEST_WAIT = 16, 1024
+"""Read-outs passed by before a loop and class that did not pay is tried again."""
+
+
+class DraftRule:
+    """Learns from the share of right drafts, by loop and class of the gate's CDF: of all requests,
+    and of each one.
+
+    A draft at loop d is made if it is expected to save more than waiting for loop d + 1 could: if
+    it is right with a probability of (T - d - 1) / (T - d) or more, and never below a half.
+
+    Args:
+        loops: T.
+    """
+
+    def __init__(self, loops: int) -> None:
+        shape = (loops, len(CLASSES) + 1)
+        ahead = loops - np.arange(loops)  # by loop d, from 0
+        self._need = np.maximum(0.5, (ahead - 1) / ahead)
+        self._right, self._tried = np.full(shape, HOPE[0]), np.full(shape, HOPE[1])
+        self._own = np.zeros((2, 1, *shape))
+        self._passed = np.zeros(shape, np.int64)
+        self._wait = np.full(shape, FIRST_WAIT, np.int64)
+
+    def open(self, seat: int) -> None:
+        """A request takes `seat`."""
+        while seat >= self._own.shape[1]:
+            self._own = np.concatenate([self._own, np.zeros_like(self._own)], axis=1)
+        self._own[:, seat] = 0
+
+    def drafts(self, seat: np.ndarray, depth: np.ndarray, cdf: np.ndarray) -> np.ndarray:
+        """Which of the heads [K] are to be drafted.
+
+        Args:
+            seat: of their requests. depth: loops run, below T. cdf: the gate's CDF after them.
+        """
+        kind = np.searchsorted(CLASSES, cdf, side="right")
+        right, tried = self._own[:, seat, depth, kind]
+        share = self._right[depth, kind] / self._tried[depth, kind]
+        drafts = (PRIOR * share + right) / (PRIOR + tried) >= self._need[depth]
+        for place in np.nonzero(~drafts)[0].tolist():
+            at = depth[place], kind[place]
+            self._passed[at] += 1
+            if self._passed[at] >= self._wait[at]:
+                drafts[place], self._passed[at] = True, 0
+                self._wait[at] = min(2 * self._wait[at], LONGEST_WAIT)
+        return drafts
+
+    def learn(
+        self, seat: np.ndarray, depth: np.ndarray, cdf: np.ndarray, right: np.ndarray
+    ) -> None:
+        """Whether drafts [K] were right; arguments as in `drafts`, at the time of the draft."""
+        kind = np.searchsorted(CLASSES, cdf, side="right")
+        for who, at, hit in zip(seat, zip(depth, kind, strict=True), right, strict=True):
+            if self._tried[at] >= REMEMBERED:
+                self._right[at] *= 0.75
+                self._tried[at] *= 0.75
+            self._tried[at] += 1
+            self._right[at] += hit
+            self._own[0, who][at] += hit
+            self._own[1, who][at] += 1
+            if hit:
+                self._wait[at] = FIRST_WAIT
+
+
+TRY, LOOK_AGAIN = 6, 256
+"""Decoding steps for which each choice is tried, and after which the other one is tried again."""
+
+
+@dataclass
+class _Choice:
+    """Steps with drafts, or without, at about one batch size."""
+
+    seconds: list[float] = field(default_factory=list)  # per token, of the last steps
+
+    def note(self, value: float) -> None:
+        self.seconds.append(value)
+        del self.seconds[:-LOOK_AGAIN]
+
+    @property
+    def cost(self) -> float:
+        """Seconds per token, the slowest steps left out: another program's doing."""
+        ordered = sorted(self.seconds)
+        return float(np.mean(ordered[: max(1, len(ordered) * 3 // 4)]))
+
+
+@dataclass
+class _Size:
+    """What is known of a batch size."""
+
+    choices: Sequence[_Choice] = field(default_factory=lambda: (_Choice(), _Choice()))
+    drafting: bool = True
+    left: int = TRY
+    settled: bool = False
+
+
+class DraftTrial:
+    """Whether drafts pay, found out by trying: not where a further row costs what it saves.
+
+    By batch size, in powers of two: a few steps with drafts, as many without, then what was faster
+    per token; and again after a while. In the scheduler, so that all ranks of an engine do the
+    same.
+    """
+
+    def __init__(self) -> None:
+        self._sizes: dict[int, _Size] = {}
+
+    def decide(self, requests: int) -> bool:
+        """Whether lossless requests are drafted in a step of so many requests."""
+        return self._size(requests).drafting
+
+    def note(self, requests: int, seconds: float, tokens: int) -> None:
+        """A step in which all requests were decoding took so long, and brought so many tokens."""
+        size = self._size(requests)
+        if tokens:
+            size.choices[size.drafting].note(seconds / tokens)
+        size.left -= 1
+        if size.left > 0:
+            return
+        if size.settled or not size.choices[not size.drafting].seconds:
+            # Try the other choice, with an open mind.
+            size.settled, size.left = False, TRY
+            size.drafting = not size.drafting
+            size.choices[size.drafting].seconds.clear()
+        else:
+            size.settled, size.left = True, LOOK_AGAIN
+            size.drafting = size.choices[True].cost <= size.choices[False].cost
+
+    def _size(self, requests: int) -> _Size:
+        return self._sizes.setdefault(requests.bit_length(), _Size())
