@@ -332,11 +332,9 @@ class LoopConfig:
                 raise DepthError(
                     name, f"unknown setting {name!r} of ouro; known are {', '.join(known)}"
                 )
-        drafts = given.pop(DRAFTS, True)
-        if not isinstance(drafts, bool):
-            raise DepthError(DRAFTS, f"{DRAFTS} must be true or false, got {drafts!r}")
+        drafts = check_drafts(given.pop(DRAFTS, True))
         threshold = 1.0 if threshold is None else min(float(threshold), 1.0)
-        built_in = ExitParams(threshold, 1, loops, AUTO)
+        built_in = ExitParams(threshold, 1, loops, "skip")
         defaults = ExitParams.parse(given, built_in, loops)
         return cls(loops, replace(defaults, guided=True), drafts)
 
@@ -364,6 +362,13 @@ def check_loops(param: str, value: Any, loops: int) -> int:
     """`value` as a number of loops; DepthError unless an integer from 1 to `loops`."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= loops:
         raise DepthError(param, f"{param} must be an integer from 1 to {loops}, got {value!r}")
+    return value
+
+
+def check_drafts(value: Any) -> bool:
+    """`value` as the server's setting `drafts`; DepthError unless true or false."""
+    if not isinstance(value, bool):
+        raise DepthError(DRAFTS, f"{DRAFTS} must be true or false, got {value!r}")
     return value
 
 

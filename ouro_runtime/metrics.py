@@ -4,11 +4,14 @@
 vLLM's `/metrics` exports it.
 """
 
+from collections.abc import Sequence
+
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 
 from ouro_runtime.reports import DepthReport, Finished, StepReport
 
 PREFIX = "ouro_"
+DRAFT_OUTCOMES = ("right", "wrong", "dropped")
 STEP_BUCKETS = tuple(2**i for i in range(14))
 """Rows of a pass and tokens of a step: 1, 2, 4 .. 8192."""
 TIME_BUCKETS = (
@@ -48,9 +51,11 @@ class DepthMetrics:
         def counter(name: str, text: str) -> Counter:
             return Counter(PREFIX + name, text, label, registry=registry).labels(model_name)
 
-        def counters(name: str, text: str, by: str) -> list[Counter]:
+        def counters(
+            name: str, text: str, by: str, values: Sequence[str] = numbers
+        ) -> list[Counter]:
             family = Counter(PREFIX + name, text, [*label, by], registry=registry)
-            return [family.labels(model_name, number) for number in numbers]
+            return [family.labels(model_name, value) for value in values]
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(PREFIX + name, text, label, buckets=buckets, registry=registry).labels(
@@ -62,8 +67,16 @@ class DepthMetrics:
             "loops_run", "Loops executed at the positions that produced the generated tokens."
         )
         self.loops_skipped = counter(
-            "loops_skipped", "Loops not executed there: T x generated tokens - loops run."
+            "loops_skipped", "Loops not executed there: T less those run, token by token."
         )
+        outcomes = counters(
+            "drafts",
+            "Tokens drafted early, by whether the last loop confirmed them, took them back, or was "
+            "never run, for an earlier draft was taken back or the request ended.",
+            "outcome",
+            DRAFT_OUTCOMES,
+        )
+        self.drafts = dict(zip(DRAFT_OUTCOMES, outcomes, strict=True))
         self.mean_depth = histogram(
             "request_mean_depth", "Mean depth of a finished request's tokens.", depth_buckets(loops)
         )
@@ -87,7 +100,12 @@ class DepthMetrics:
             self.tokens[depth - 1].inc()
         loops_run = sum(report.loops_run)
         self.loops_run.inc(loops_run)
-        self.loops_skipped.inc(self.loops * len(report.depths) - loops_run)
+        self.loops_skipped.inc(sum(max(0, self.loops - run) for run in report.loops_run))
+        drafted = [pair for pair in zip(report.drafts, report.depths, strict=True) if pair[0]]
+        right = sum(draft == depth for draft, depth in drafted)
+        self.drafts["right"].inc(right)
+        self.drafts["wrong"].inc(len(drafted) - right)
+        self.drafts["dropped"].inc(report.drafts_dropped)
         for request in report.finished:
             self._record_finished(request)
         for step in report.steps:

@@ -10,11 +10,13 @@ from tokenizers import Tokenizer
 
 import ouro_runtime
 from ouro_runtime.config import (
+    DRAFTS,
     ConfigError,
     DepthError,
     LoopConfig,
     OuroConfig,
     check_config,
+    check_drafts,
     check_loops,
     check_mode,
     check_threshold,
@@ -113,6 +115,7 @@ def check_depth_defaults(config: dict[str, Any] | None, depth: dict[str, Any]) -
         "exit_mode": check_mode,
         "min_loops": lambda v: check_loops("min_loops", v, ANY_LOOPS),
         "max_loops": lambda v: check_loops("max_loops", v, ANY_LOOPS),
+        DRAFTS: check_drafts,
     }
     for name, value in depth.items():
         if name not in checks:

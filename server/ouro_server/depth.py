@@ -13,7 +13,11 @@ from ouro_runtime.engine.features import VLLMS
 from ouro_server.resolve import EFFORT, FORCED, PRESET, PRIORITY, Resolved, resolve
 from ouro_server.served import ServedDepth
 
-RETURN_FIELDS = {"return_depths": "depths", "return_exit_cdf": "exit_cdf"}
+RETURN_FIELDS = {
+    "return_depths": "depths",
+    "return_drafts": "drafts",
+    "return_exit_cdf": "exit_cdf",
+}
 """Flags that ask for something of every token, and where a choice of the answer has it."""
 
 REQUEST_FIELDS = (*DEPTH_FIELDS, PRESET, PRIORITY, *RETURN_FIELDS)

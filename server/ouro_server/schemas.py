@@ -4,6 +4,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, PrivateAttr, model_validator
 
+from ouro_runtime.config import MODES
 from ouro_server.depth import REQUEST_FIELDS, SESSION
 from ouro_server.presets import EFFORTS
 from ouro_server.resolve import Resolved
@@ -40,10 +41,13 @@ class DepthControls(BaseModel):
     max_loops: int | None = Field(
         default=None, ge=1, strict=True, description="Greatest depth of a token, from 1 to T."
     )
-    exit_mode: Literal["skip", "exact"] | None = Field(
+    exit_mode: Literal[MODES] | None = Field(  # type: ignore[valid-type]
         default=None,
         description="`skip`: the loops after the exit are not run. `exact`: they are run off the "
-        "read-out, so later tokens see the K/V of the full model; nothing is saved.",
+        "read-out, so later tokens see the K/V of the full model; nothing is saved. `lossless`: "
+        "the token read out at the exit is a draft, which the last loop confirms or takes back, so "
+        "the answer is that of every loop. `auto`: `lossless` where every loop is asked for, else "
+        "`skip`.",
     )
 
 
@@ -98,6 +102,11 @@ class ReturnFields(BaseModel):
         strict=True,
         description="Return `choices[i].depths`, one integer per generated token.",
     )
+    return_drafts: bool | None = Field(
+        default=None,
+        strict=True,
+        description="Return `choices[i].drafts`, one integer per generated token.",
+    )
     return_exit_cdf: bool | None = Field(
         default=None,
         strict=True,
@@ -138,6 +147,11 @@ class ChoiceDepths(BaseModel):
     depths: list[int] | None = Field(
         default=None,
         description="The loop each generated token was read out at; only with `return_depths`.",
+    )
+    drafts: list[int] | None = Field(
+        default=None,
+        description="The loop each generated token was drafted at in `lossless`, 0 if it was not: "
+        "where that is not its depth, the draft was taken back; only with `return_drafts`.",
     )
     exit_cdf: list[list[float]] | None = Field(
         default=None,

@@ -55,8 +55,7 @@ def describe(response: Any, outputs: Iterable[Any], request: Any, served: Served
         return
     tally, keys = DepthTally(served.loops), wanted_keys(request)
     for choice, output in zip(response.choices, outputs, strict=True):
-        depths, loops_run = tokens_of(output)
-        tally.add(depths, loops_run)
+        tally.add(tokens_of(output))
         for key in keys:
             setattr(choice, key, list(getattr(output, key)))
     response.usage.depth = tally.usage(resolved_of(request))

@@ -72,7 +72,7 @@ class DepthServingResponses(OpenAIServingResponses):
             async for item in turns:
                 result = getattr(item, "last_output", None)
                 for output in result.outputs if result else ():
-                    item.depth_tally.add(*tokens_of(output))
+                    item.depth_tally.add(tokens_of(output))
                 yield item
 
     async def responses_stream_generator(

@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ouro_runtime.config import DEPTH_FIELDS, MODES, DepthError
+from ouro_runtime.config import DEPTH_FIELDS, DRAFTS, MODES, DepthError
 from ouro_server.cli import USAGE_ERROR, one_line
 from ouro_server.presets import SHIPPED
 
@@ -71,7 +71,16 @@ def depth_parser() -> argparse.ArgumentParser:
         metavar="MODE",
         help="skip: the loops after the exit are not run, which is what saves time.\n"
         "exact: they are run off the read-out, so that later tokens see the K/V of the full\n"
-        "model; nothing is saved. Default: skip.",
+        "model; nothing is saved.\n"
+        "lossless: the token read out at the exit is a draft, which loop T confirms or takes\n"
+        "back: the answer of every loop, sooner.\n"
+        "auto: lossless where every loop is asked for, else skip. Default: skip.",
+    )
+    group.add_argument(
+        "--no-drafts",
+        "--no_drafts",
+        action="store_true",
+        help="Never draft: lossless requests only run every loop.",
     )
     group.add_argument(
         "--min-loops",
@@ -126,11 +135,12 @@ def target_tpot_ms(options: argparse.Namespace) -> float | None:
 def depth_settings(options: argparse.Namespace) -> dict[str, Any]:
     """The depth options that were given, as numbers where they are; text that is no number stays
     text, for the check that knows what is allowed to name it."""
-    return {
+    given = {
         name: _number(value) if name != "exit_mode" else value
         for name in DEPTH_FIELDS
         if (value := getattr(options, name)) is not None
     }
+    return given | ({DRAFTS: False} if options.no_drafts else {})
 
 
 def _number(text: str) -> int | float | str:
@@ -203,4 +213,4 @@ def _installed() -> list[str]:
     return [entry.name for group in OPEN_GROUPS for entry in entry_points(group=group)]
 
 
-assert set(MODES) == {"skip", "exact"}, "the help of --exit-mode explains these two"
+assert set(MODES) == {"auto", "skip", "exact", "lossless"}, "the help of --exit-mode explains these"

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from ouro_server.resolve import Resolved
-from ouro_server.usage import DepthTally, tokens_of
+from ouro_server.usage import DepthTally, TokenCounts, tokens_of
 
 _DATA = "data: "
 T = TypeVar("T")
@@ -23,20 +23,23 @@ class DepthLedger:
     def __init__(self, loops: int, resolved: Resolved | None = None) -> None:
         self.loops = loops
         self.resolved = resolved
-        self._waiting: dict[int, list[tuple[int, int, list[float]]]] = {}
+        self._waiting: dict[int, list[tuple[TokenCounts, list[float]]]] = {}
         self._announced: dict[int, DepthTally] = {}
 
     def note(self, choice: int, output: Any) -> None:
         """The engine delivered `output` for a choice."""
-        tokens = zip(*tokens_of(output), output.exit_cdf, strict=True)
+        tokens = zip(tokens_of(output), output.exit_cdf, strict=True)
         self._waiting.setdefault(choice, []).extend(tokens)
 
     def announce(self, choice: int) -> dict[str, list[Any]]:
         """What a choice may say of its tokens not announced before, in order, by key."""
         waiting = self._waiting.pop(choice, [])
-        depths = [depth for depth, _, _ in waiting]
-        self.tally(choice).add(depths, [run for _, run, _ in waiting])
-        return {"depths": depths, "exit_cdf": [cdf for _, _, cdf in waiting]}
+        self.tally(choice).add(counts for counts, _ in waiting)
+        return {
+            "depths": [counts.depth for counts, _ in waiting],
+            "drafts": [counts.draft for counts, _ in waiting],
+            "exit_cdf": [cdf for _, cdf in waiting],
+        }
 
     def tally(self, choice: int) -> DepthTally:
         """What was announced of one choice."""
@@ -48,7 +51,7 @@ class DepthLedger:
         for tally in self._announced.values():
             total.merge(tally)
         for waiting in self._waiting.values():
-            total.add([depth for depth, _, _ in waiting], [run for _, run, _ in waiting])
+            total.add(counts for counts, _ in waiting)
         return total
 
 

@@ -28,7 +28,7 @@ def test_tables_name_the_pages_that_slots_lie_in() -> None:
 
 
 def test_skip_ends_the_clean_prefix_at_the_first_early_exit() -> None:
-    clean = CleanPrefix(prompt=10, loops=4, exact=False)
+    clean = CleanPrefix(prompt=10, loops=4, mode="skip")
     assert clean.step([2]) == 10, "token 0 is read out at the prompt's last position"
     assert clean.step([4, 4]) == 12
     assert clean.step([3]) == 12
@@ -36,16 +36,16 @@ def test_skip_ends_the_clean_prefix_at_the_first_early_exit() -> None:
 
 
 def test_exact_positions_count_one_step_late() -> None:
-    clean = CleanPrefix(prompt=10, loops=4, exact=True)
+    clean = CleanPrefix(prompt=10, loops=4, mode="exact")
     assert clean.step([1, 1, 2]) == 10
     assert clean.step([]) == 12
     assert clean.step([4]) == 12
     assert clean.step([]) == 13
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_full_depth_keeps_everything(exact: bool) -> None:
-    clean = CleanPrefix(prompt=1, loops=2, exact=exact)
+@pytest.mark.parametrize("mode", ["skip", "exact", "lossless"])
+def test_full_depth_keeps_everything(mode: str) -> None:
+    clean = CleanPrefix(prompt=1, loops=2, mode=mode)
     for _ in range(5):
         clean.step([2])
     clean.step([])

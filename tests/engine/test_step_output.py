@@ -25,6 +25,10 @@ def readout(req: list[int], depth: list[int], tail: list[bool], exact: list[bool
         exact=np.array(exact),
         deferred=np.zeros(len(req), bool),
         cdf=cdf,
+        final=np.ones(len(req), bool),
+        loops_run=np.where(np.array(tail) | np.array(exact), LOOPS, depth),
+        drafted=np.zeros(len(req), np.int64),
+        dropped=np.zeros(len(req), np.int64),
     )
 
 
@@ -47,4 +51,4 @@ def test_every_request_gets_its_tokens_in_order() -> None:
 
 
 def test_a_step_without_tokens() -> None:
-    assert [n.shape for n in note_tokens([], requests=2, loops=LOOPS)] == [(0, 2 + LOOPS)] * 2
+    assert [n.shape for n in note_tokens([], requests=2, loops=LOOPS)] == [(0, 4 + LOOPS)] * 2

@@ -150,7 +150,7 @@ def test_a_step_yields_up_to_one_token_per_pass() -> None:
     while len(plan.rows) and plan.passes_left:
         out = plan.readout(np.ones(len(plan.rows), bool))
         tokens += len(out.rows)
-        plan.advance(out, np.zeros(len(out.rows), bool))
+        plan.advance(out, np.zeros(len(out.rows), np.int64), np.zeros(len(out.rows), bool))
     assert tokens == LOOPS
 
 
