@@ -160,7 +160,7 @@ def test_recomputed_positions_stop_where_they_left() -> None:
     assert plan.rows.stop[:5].tolist() == [4, 4, 4, 1, 3]
     assert (plan.rows.stop == HEAD).tolist() == [False] * 5 + [True]
     out = plan.readout(np.zeros(6, bool))
-    move = plan.advance(out, np.zeros(0, bool))
+    move = plan.advance(out, np.zeros(0, np.int64), np.zeros(0, bool))
     assert (move.left.pos.tolist(), move.left.depth.tolist()) == ([3], [1])
     assert plan.rows.pos.tolist() == [0, 1, 2, 4, 5]
     segments = plan.segments()
@@ -180,7 +180,7 @@ def test_nothing_follows_the_last_position_allowed() -> None:
     work = Work(start=4, count=1, known=5, prompt=5, last=4, forced=np.ones(1, int))
     plan = StepPlan([work], LOOPS)
     out = plan.readout(np.ones(1, bool))
-    plan.advance(out, np.zeros(1, bool))
+    plan.advance(out, np.zeros(1, np.int64), np.zeros(1, bool))
     assert not (plan.rows.stop == HEAD).any()
 
 
@@ -198,7 +198,7 @@ def test_a_readout_knows_the_gate_after_each_of_its_loops() -> None:
             out = plan.readout(plan.rows.loop + 1 >= plan.rows.high)
             seen += out.cdf.tolist()
             work.known += len(out.rows)
-            plan.advance(out, np.full(len(out.rows), len(seen) == 3))
+            plan.advance(out, np.zeros(len(out), np.int64), np.full(len(out.rows), len(seen) == 3))
         work.start = work.known - 1
         work.carried = [carried for _, _, carried in plan.leftovers()]
     expected = [[0.1, 0.2, 0.3, 0], [0.4, 0.5, 0, 0], [0.6, 0.7, 0.8, 1]]

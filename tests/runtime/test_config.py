@@ -1,6 +1,7 @@
 """Depth controls are validated once, with errors that name the field and the range."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -152,11 +153,47 @@ def test_what_a_config_says_of_itself_passes() -> None:
 
 def test_server_settings_override_the_checkpoint() -> None:
     config = SimpleNamespace(total_ut_steps=T, early_exit_threshold=0.7)
-    assert LoopConfig.parse(config).defaults == ExitParams(0.7, 1, T, "skip")
+    assert LoopConfig.parse(config).defaults == ExitParams(0.7, 1, T, "skip", guided=True)
     served = LoopConfig.parse(config, {"exit_threshold": 0.2, "exit_mode": "exact"})
-    assert served.defaults == ExitParams(0.2, 1, T, "exact")
+    assert served.defaults == ExitParams(0.2, 1, T, "exact", guided=True)
     with pytest.raises(DepthError, match="unknown setting 'threshold'"):
         LoopConfig.parse(config, {"threshold": 0.2})
     assert LoopConfig.parse(SimpleNamespace(total_ut_steps=T, early_exit_threshold=2)).defaults == (
-        DEFAULTS
+        replace(DEFAULTS, guided=True)
     )
+
+
+def test_a_threshold_that_was_given_says_where_to_draft() -> None:
+    config = LoopConfig.parse(SimpleNamespace(total_ut_steps=T), {"exit_threshold": 0.4})
+    assert config.request({"exit_mode": "lossless"}).guided
+    own = config.request({"exit_mode": "lossless", "exit_threshold": 0.2})
+    assert (own.exit_threshold, own.guided) == (0.2, False)
+    forced = config.request({"exit_mode": "lossless", "forced_depths": [1]})
+    assert not forced.guided and forced.gate_threshold == 1
+    again = config.request(own.controls()), config.request({"exit_mode": "lossless"}).controls()
+    assert again[0] == own and "exit_threshold" not in again[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "mode"),
+    [
+        ({}, "lossless"),
+        ({"exit_threshold": 1.0}, "lossless"),
+        ({"min_loops": 2}, "lossless"),
+        ({"exit_threshold": 0.5}, "skip"),
+        ({"max_loops": 2}, "skip"),
+        ({"forced_depths": [4]}, "skip"),
+        ({"exit_mode": "exact"}, "exact"),
+    ],
+)
+def test_auto_is_lossless_where_every_loop_is_asked_for(given: dict[str, Any], mode: str) -> None:
+    config = LoopConfig.parse(SimpleNamespace(total_ut_steps=T), {"exit_mode": "auto"})
+    assert config.request(given).exit_mode == mode
+
+
+def test_without_drafts_a_lossless_request_runs_every_loop() -> None:
+    config = LoopConfig.parse(SimpleNamespace(total_ut_steps=T), {"drafts": False})
+    asked = {"exit_mode": "lossless", "exit_threshold": 0.1, "max_loops": 2, "forced_depths": [1]}
+    assert config.request(asked) == ExitParams(1.0, 1, T, "lossless")
+    with pytest.raises(DepthError, match="drafts must be true or false, got 1"):
+        LoopConfig.parse(SimpleNamespace(total_ut_steps=T), {"drafts": 1})

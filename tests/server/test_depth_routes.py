@@ -53,7 +53,7 @@ def test_depth_shows_everything_a_client_may_ask_for(client: TestClient) -> None
         "object": "depth",
         "model": "m",
         "loops": 4,
-        "modes": ["skip", "exact"],
+        "modes": ["auto", "skip", "exact", "lossless"],
         "defaults": {"exit_threshold": 1.0, "min_loops": 1, "max_loops": 4, "exit_mode": "skip"},
         "presets": {
             "quick": {

@@ -91,6 +91,8 @@ def test_the_final_usage_chunk_sums_all_choices() -> None:
         "histogram": {"1": 1, "2": 1, "3": 2, "4": 2},
         "loops_run": 17,
         "loops_skipped": 7,
+        "drafts_made": 0,
+        "drafts_right": 0,
         "source": "default",
         "preset": None,
     }
@@ -258,7 +260,7 @@ def test_a_complete_completion_has_depths_and_usage() -> None:
 def test_a_beam_searchs_answer_is_left_alone() -> None:
     final = result(output([4, 1], "a", 0, "stop"))
     for made in final.outputs:
-        del made.depths, made.loops_run
+        del made.depths, made.loops_run, made.drafts, made.drafts_dropped
     answer = handler(DepthServingChat).chat_completion_full_generator(
         chat(stream=False), replay([final]), "id", "m", [], object(), metadata()
     )

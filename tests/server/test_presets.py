@@ -75,7 +75,7 @@ def test_an_empty_file_has_no_presets(file: Path) -> None:
         ("presets: {a: {exit_threshold: }}", "exit_threshold has no value"),
         ("presets: {a: {max_loops: 5}}", "'a': max_loops must be an integer from 1 to 4, got 5"),
         ("presets: {a: {min_loops: 3, max_loops: 2}}", r"min_loops \(3\) must not exceed"),
-        ("presets: {a: {exit_mode: full}}", "exit_mode must be one of skip, exact"),
+        ("presets: {a: {exit_mode: full}}", "exit_mode must be one of auto, skip, exact"),
         ("presets: {a: {exit_threshold: 1, description: 3}}", "description must be text"),
         ("presets: {a b: {exit_threshold: 1}}", "a name must be up to 64"),
         ("presets: {a@b: {exit_threshold: 1}}", "a name must be up to 64"),

@@ -1,0 +1,89 @@
+"""When to draft: the rule learns what is right, and the trial what pays."""
+
+import numpy as np
+import pytest
+
+from ouro_runtime.loop.drafts import LONGEST_WAIT, LOOK_AGAIN, TRY, DraftRule, DraftTrial
+
+LOOPS = 4
+
+
+def follow(rule: DraftRule, right: dict[int, float], tokens: int, seed: int = 0) -> dict[int, int]:
+    """Draft `tokens` tokens, of which a draft at a loop is right so often: drafts by loop."""
+    rng, made = np.random.default_rng(seed), dict.fromkeys(range(1, LOOPS), 0)
+    seat, cdf = np.zeros(1, np.int64), np.zeros(1, np.float32)
+    for _ in range(tokens):
+        luck = rng.random()
+        for loop in range(1, LOOPS):
+            depth = np.array([loop])
+            if rule.drafts(seat, depth, cdf)[0]:
+                made[loop] += 1
+                rule.learn(seat, depth, cdf, np.array([luck < right[loop]]))
+                break
+    return made
+
+
+@pytest.mark.parametrize(
+    ("right", "best"),
+    [
+        ({1: 0.95, 2: 0.97, 3: 0.99}, 1),
+        ({1: 0.2, 2: 0.95, 3: 0.99}, 2),
+        ({1: 0, 2: 0.1, 3: 0.9}, 3),
+    ],
+)
+def test_it_drafts_where_most_is_saved(right: dict[int, float], best: int) -> None:
+    made = follow(DraftRule(LOOPS), right, 400)
+    assert made[best] > 0.85 * 400, made
+
+
+def test_where_no_draft_is_right_it_all_but_stops() -> None:
+    rule = DraftRule(LOOPS)
+    assert sum(follow(rule, {1: 0, 2: 0, 3: 0}, 1000).values()) < 50
+    assert sum(follow(rule, {1: 0, 2: 0, 3: 0}, 1000).values()) < 10
+    # And it comes back when they are.
+    made = follow(rule, {1: 0, 2: 1, 3: 1}, 4 * LONGEST_WAIT)
+    assert made[2] + made[3] > LONGEST_WAIT, made
+
+
+def test_a_request_that_differs_is_told_apart() -> None:
+    rule = DraftRule(LOOPS)
+    rule.open(0)
+    follow(rule, {1: 1, 2: 1, 3: 1}, 200)
+    rule.open(1)
+    seat, depth, cdf = np.array([1]), np.array([1]), np.zeros(1, np.float32)
+    assert rule.drafts(seat, depth, cdf)[0]
+    for _ in range(4):
+        rule.learn(seat, depth, cdf, np.array([False]))
+    assert not rule.drafts(seat, depth, cdf)[0]
+    assert rule.drafts(np.array([0]), depth, cdf)[0]
+    rule.open(1)
+    assert rule.drafts(seat, depth, cdf)[0], "another request in the seat"
+
+
+def test_a_gate_that_knows_is_listened_to() -> None:
+    rule, seat, depth = DraftRule(LOOPS), np.zeros(1, np.int64), np.ones(1, np.int64)
+    for _ in range(30):
+        rule.learn(seat, depth, np.array([0.8]), np.array([True]))
+        rule.learn(seat, depth, np.array([0.02]), np.array([False]))
+    assert rule.drafts(seat, depth, np.array([0.9]))[0]
+    assert not rule.drafts(seat, depth, np.array([0.05]))[0]
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_what_is_faster_is_done(pays: bool) -> None:
+    trial, drafted = DraftTrial(), 0
+    rng = np.random.default_rng(1)
+    for _ in range(4 * LOOK_AGAIN):
+        drafting = trial.decide(16)
+        drafted += drafting
+        cost = 1.0 if drafting == pays else 1.2
+        trial.note(16, cost * 16 * rng.uniform(0.95, 1.05), 16)
+    share = drafted / (4 * LOOK_AGAIN)
+    assert share > 0.93 if pays else share < 0.07
+
+
+def test_batch_sizes_are_tried_apart() -> None:
+    trial = DraftTrial()
+    for _ in range(3 * TRY):
+        trial.note(64, 2.0 if trial.decide(64) else 1.0, 64)
+    assert not trial.decide(64) and trial.decide(1)
