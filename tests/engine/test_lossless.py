@@ -84,7 +84,7 @@ def mini_prompts(count: int) -> list[list[int]]:
 @pytest.mark.parametrize("crowd", [False, True], ids=["alone", "crowd"])
 def test_golden_answers_whatever_is_drafted(llm: LLM, crowd: bool) -> None:
     cases = golden_cases("t4-mha", ("full",))
-    for draft in DRAFTS if crowd else FEW[1:3]:
+    for draft in FEW if crowd else FEW[1:2]:
         asked = [greedy(len(case.tokens), lossless(draft)) for case in cases]
         prompts = [case.prompt for case in cases]
         if crowd:
@@ -103,7 +103,7 @@ def test_golden_answers_of_six_loops() -> None:
     with engine(CHECKPOINTS["t6-gqa"], max_num_batched_tokens=16, max_num_seqs=16) as llm:
         scheduler_of(llm).draft_trial = None
         cases = golden_cases("t6-gqa", ("full",))
-        for draft in FEW:
+        for draft in FEW[:2]:
             asked = [greedy(len(case.tokens), lossless(draft)) for case in cases]
             outs = generate(llm, [case.prompt for case in cases], asked)
             for case, out in zip(cases, outs, strict=True):
