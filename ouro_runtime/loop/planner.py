@@ -202,8 +202,8 @@ class StepPlan:
             cdf = np.zeros((0, self.loops), np.float32)
             return Readout(rows, NONE, NONE, NOBODY, NOBODY, NOBODY, cdf, NOBODY, NONE, NONE, NONE)
         req, depth = every.req[rows], every.loop[rows]
-        tail, lossless = every.pos[rows] == self._prompt[req] - 1, self._lossless[req]
-        exact = self._exact[req]
+        tail = every.pos[rows] == self._prompt[req] - 1
+        exact, lossless = self._exact[req], self._lossless[req]
         return Readout(
             rows,
             req,

@@ -95,7 +95,7 @@ class OuroCPUModelRunner(CPUModelRunner):
                 request.draws.drop()
                 self._stand_ins.rewind(request.slot, max(request.prompt, hit))
         self._scheduled = scheduler_output.num_scheduled_tokens
-        self._drafts = scheduler_output.ouro_drafts
+        self._drafts = getattr(scheduler_output, "ouro_drafts", False)
         return super().execute_model(scheduler_output, intermediate_tensors)
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> tuple[dict, None]:

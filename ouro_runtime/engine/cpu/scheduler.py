@@ -11,9 +11,12 @@ from typing import Any
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 
+from ouro_runtime.engine.pin import check_parameters
 from ouro_runtime.engine.scheduler_common import LoopSchedulerMixin
 from ouro_runtime.engine.step_output import StepOutput
 from ouro_runtime.loop.drafts import DraftTrial
+
+check_parameters(Scheduler._update_after_schedule, "scheduler_output")
 
 
 class OuroScheduler(LoopSchedulerMixin, Scheduler):
