@@ -92,6 +92,32 @@ def test_golden_cases_by_replays_of_what_was_captured(llm: Any, captured: Counte
 
 
 @bench.on("t4")
+def test_a_prompt_beside_lanes_is_no_step_that_was_captured(
+    llm: Any, captured: Counter[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where there is a graph of as many lanes: their states lie elsewhere."""
+    cases = [case for case in golden_cases("t4-mha", ("skip",)) if len(case.prompt) in (5, 17)]
+    cases = sorted(cases, key=lambda case: -sum(case.depths))[:8]
+    arrivals = [
+        Arrival(case.name, case.prompt, greedy(24, case.depth_fields, **PLAIN), 4 * (index == 7))
+        for index, case in enumerate(cases)
+    ]
+    state, seen = bench.lane_state(llm), Counter[tuple[int, bool]]()
+    prepare = state._prepare_step
+
+    def noting(batch: Any) -> Any:
+        seen[batch.num_reqs, batch.is_prefilling_np.sum() == 1] += 1
+        return prepare(batch)
+
+    monkeypatch.setattr(state, "_prepare_step", noting)
+    outputs = drive(llm, arrivals)
+    assert seen[8, True] and captured[8], "no prompt came to seven lanes"
+    for case in cases:
+        out = outputs[case.name, 0]
+        assert (out.tokens, out.depths) == (list(case.tokens), list(case.depths)), case.name
+
+
+@bench.on("t4")
 def test_a_grammar_beside_plain_requests_has_its_token_sampled_after_the_step(llm: Any) -> None:
     depth = {"exit_threshold": 0.3}
     choice = StructuredOutputsParams(choice=["north", "west"])
