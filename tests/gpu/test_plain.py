@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from ouro_runtime.engine.cuda import sampler as lane_sampler
+from ouro_runtime.engine.cuda.lanes import LaneBuffers
 from ouro_runtime.engine.cuda.sampler import is_plain
 
 SLOTS, VOCAB = 6, 100
@@ -81,3 +84,39 @@ def test_what_concerns_the_whole_sampler() -> None:
         made = sampler()
         setattr(made, field, value)
         assert not is_plain(made, HERE)
+
+
+def test_what_only_a_draw_would_heed_is_nothing_to_a_greedy_request() -> None:
+    """vLLM keeps its top-k, and does not count it among those that need processing."""
+    made = sampler()
+    ASKS["top_k"](made, 4)
+    assert is_plain(made, HERE)
+
+
+def test_a_users_processor_that_nobody_asks_for() -> None:
+    made = sampler()
+    made.logits_processors.append(SimpleNamespace())
+    assert is_plain(made, np.array([4]))
+
+
+def test_without_a_reasoning_parser_there_are_no_budgets_to_ask_for() -> None:
+    made = sampler()
+    made.thinking_budget_state = SimpleNamespace(enabled=False)
+    assert is_plain(made, HERE)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_plain_draw_has_the_precision_that_the_sampler_has(
+    double: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def draw(logits: torch.Tensor, *args: Any, use_fp64: bool, **options: Any) -> torch.Tensor:
+        asked.append(use_fp64)
+        return logits.argmax(-1)
+
+    monkeypatch.setattr(lane_sampler, "gumbel_sample", draw)
+    buffers = LaneBuffers(2, 2, 2, 4, 3, torch.float32, "cpu")
+    made: Any = SimpleNamespace(use_fp64_gumbel=double)
+    assert lane_sampler.sample_plain(made, buffers, torch.eye(5)[[3, 1]]).tolist() == [3, 1]
+    assert asked == [double]

@@ -6,6 +6,7 @@ import logging
 import sys
 import threading
 from collections import deque
+from dataclasses import fields
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -22,14 +23,16 @@ from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 
 from ouro_runtime.config import ExitParams, LoopConfig
 from ouro_runtime.engine.config_hook import UnsupportedError
+from ouro_runtime.engine.cuda import pieces
 from ouro_runtime.engine.cuda import pin as gpu_pin
 from ouro_runtime.engine.cuda import refuse as gpu_refuse
 from ouro_runtime.engine.cuda.graphs import StepGraphs
-from ouro_runtime.engine.cuda.lanes import STOPS, LaneParams, StepRecord
+from ouro_runtime.engine.cuda.lanes import STOPS, LaneBuffers, LaneParams, StepRecord
 from ouro_runtime.engine.cuda.model import OuroLaneModel
-from ouro_runtime.engine.cuda.output import StepBill
+from ouro_runtime.engine.cuda.output import LaneOutput, StepBill
 from ouro_runtime.engine.cuda.requests import LaneRequests
 from ouro_runtime.engine.cuda.runner import OuroGPUModelRunner, OuroGPUWorker
+from ouro_runtime.engine.cuda.sampler import StepSampling
 from ouro_runtime.engine.cuda.state import OuroModelState
 from ouro_runtime.engine.pin import SeamError
 from ouro_runtime.engine.step_output import unpack_cdf
@@ -133,14 +136,14 @@ def test_lane_parameters_survive_the_journey() -> None:
     )
     packed = torch.from_numpy(params.pack(lanes + 2, 77))
     assert len(packed) == LaneParams.rows(4)
-    fields = LaneParams.unpack(packed)
-    for name, value in fields.items():
+    columns = LaneParams.unpack(packed)
+    for name, value in columns.items():
         assert np.array_equal(value.numpy()[..., :lanes].T, getattr(params, name).T) or (
             name == "stops" and np.array_equal(value.numpy()[:lanes], params.stops)
         ), name
-    assert fields["threshold"].dtype == torch.float32
+    assert columns["threshold"].dtype == torch.float32
     # What pads can do nothing: no request, no position that may be entered.
-    assert fields["slot"][lanes:].tolist() == [77, 77] and not fields["limit"][lanes:].any()
+    assert columns["slot"][lanes:].tolist() == [77, 77] and not columns["limit"][lanes:].any()
 
 
 def test_a_record_takes_tokens_of_those_that_were_read() -> None:
@@ -156,6 +159,32 @@ def test_a_record_takes_tokens_of_those_that_were_read() -> None:
     assert record.count.tolist() == [2, 0, 1]
     assert record.tokens.tolist() == [[10, 20], [0, 0], [21, 0]]
     assert record.depths.tolist() == [[1, 1], [0, 0], [2, 0]]
+
+
+def test_what_a_step_hands_over_is_its_own() -> None:
+    """It is copied to the host while the next step already writes into the record."""
+    record = StepRecord.empty(2, 3, torch.device("cpu"))
+    sampling = StepSampling.__new__(StepSampling)
+    sampling.batch = SimpleNamespace(idx_mapping=torch.tensor([1, 0]))
+    sampling.history = sampling.logprobs = None
+    output, packed = sampling.output(record), record.packed()
+    for field in fields(record):
+        getattr(record, field.name).fill_(7)
+    for brought in (output.sampled_token_ids, output.num_sampled, output.num_rejected):
+        assert not brought.any()
+    assert not packed[:, :5].any()
+
+
+def test_every_watched_stop_ends_its_lane() -> None:
+    requests = LaneRequests(2, LoopConfig(4, ExitParams(1.0, 1, 4, "skip")), 32)
+    stops = [3 * number for number in range(1, STOPS + 1)]
+    requests.add(1, "a", SamplingParams(max_tokens=9, stop_token_ids=stops), 3, 3)
+    assert sorted(requests.stops[1].tolist()) == stops
+    lanes, tokens = torch.arange(STOPS + 1), torch.tensor([*stops, 4])
+    buffers = LaneBuffers(len(lanes), len(lanes), len(lanes), 4, 2, torch.float32, "cpu")
+    buffers.stops.copy_(torch.from_numpy(requests.stops[1]))
+    pieces.take(buffers, lanes, lanes != 2, tokens)
+    assert buffers.finished.tolist() == [lane not in (2, STOPS) for lane in lanes.tolist()]
 
 
 def test_the_bill_counts_what_ran() -> None:
@@ -191,6 +220,18 @@ def test_the_bill_counts_what_ran() -> None:
     assert out.report.rows_by_loop == [6 + 2, 6 + 1, 6, 6]
     assert out.report.pass_rows == [7] * 4
     assert out.report.tokens == 4
+
+
+def test_depths_are_noted_once_however_often_an_output_is_asked_for() -> None:
+    noted: list[Any] = []
+    output = LaneOutput.__new__(LaneOutput)
+    output._inner = SimpleNamespace(get_output=lambda: SimpleNamespace(sampled_token_ids=[[5]]))
+    output._bill = SimpleNamespace(settle=lambda packed, count: (packed, count.tolist()))
+    output._note = lambda bill, settled: noted.append(settled)
+    output._event = SimpleNamespace(synchronize=lambda: None)
+    output._packed, output._settled = "packed", None
+    assert [output.get_output().ouro for _ in range(2)] == [("packed", [1])] * 2
+    assert noted == [("packed", [1])]
 
 
 @pytest.mark.parametrize(("in_flight", "read"), [(1, [1, 2, 3]), (2, [1, 2])])
