@@ -96,6 +96,9 @@ def test_a_loop_is_paid_once_and_again_after_a_rewind() -> None:
     book.expect(0, 2, 2, 3)
     assert torch.equal(book.pages, book.expected), "position 1 was paid before"
     book.overwrite()
+    for limit in (1, 3):
+        book.settle([slot], [3], [limit])
+    assert torch.equal(book.pages, book.expected), "who reads less takes nothing back"
     book.stand_ins.rewind(slot, 1)
     book.settle([slot], [3], [3])
     book.expect(0, 1, 1, 3)

@@ -167,6 +167,26 @@ def test_recomputed_positions_stop_where_they_left() -> None:
     assert segments.first.tolist() == [0, 3, 5] and segments.seq_len.tolist() == [3, 6]
 
 
+def test_a_chunk_of_one_recomputed_position_and_the_head_stops_where_it_left() -> None:
+    work = Work(start=4, count=2, known=6, prompt=3, last=100, max_loops=4, depths=[2, 1, 3])
+    assert StepPlan([work], LOOPS).rows.stop.tolist() == [3, HEAD]
+
+
+@pytest.mark.parametrize(("start", "stays"), [(0, [0, 1, 2]), (3, [])])
+def test_an_exact_request_that_ends_owes_the_loops_of_its_prompt_alone(
+    start: int, stays: list[int]
+) -> None:
+    """From the first generated position on: nobody reads them again."""
+    known = max(start + 1, 3)
+    work = Work(start, known - start, known, prompt=3, last=100, forced=np.ones(1, int), exact=True)
+    plan = StepPlan([work], LOOPS)
+    for ended in (False, True):
+        out = plan.readout(plan.rows.loop + 1 >= plan.rows.high)
+        assert len(out) == 1
+        plan.advance(out, np.array([ended]))
+    assert plan.rows.pos.tolist() == stays
+
+
 def test_prompt_positions_are_one_sequence() -> None:
     work = [Work(start=0, count=5, known=5, prompt=5, last=9, max_loops=4)]
     work.append(Work(start=7, count=1, known=8, prompt=2, last=9, max_loops=4))
