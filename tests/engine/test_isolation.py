@@ -5,13 +5,17 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import BUILTIN_LOGITS_PROCESSORS
 from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.thinking_budget_state import ThinkingBudgetStateHolder
 
 from ouro_runtime.config import DepthError, ExitParams, LoopConfig
 from ouro_runtime.engine import features
@@ -157,6 +161,21 @@ def test_every_field_that_vllm_keeps_by_row_is_mapped_or_refused() -> None:
     assert set(row_state.METADATA) == {field.name for field in fields(SamplingMetadata)}
     known = {"MinTokensLogitsProcessor", "LogitBiasLogitsProcessor", "MinPLogitsProcessor"}
     assert {kind.__name__ for kind in BUILTIN_LOGITS_PROCESSORS} == known
+
+
+def test_a_thinking_budget_is_of_its_request_whatever_row_that_is_in() -> None:
+    """As of the rows of a pass; and vLLM leaves one behind in row 1, and forgets one in row 0."""
+    holder = ThinkingBudgetStateHolder(None, 4, 0, torch.device("cpu"), False)
+    old, new, left, fresh = ({"name": name} for name in ("old", "new", "left", "fresh"))
+    holder._state = {0: new, 1: left, 2: fresh, 3: left}
+    metadata = SimpleNamespace(thinking_budget_state_holder=holder)
+    requests: list[Any] = [SimpleNamespace(budget=budget) for budget in (old, None, None)]
+    params = [SamplingParams(thinking_token_budget=budget) for budget in (3, None, 4)]
+    row_state.follow_budgets(metadata, params, requests)  # type: ignore[arg-type]
+    assert holder._state == {0: old, 2: fresh}
+    assert [request.budget for request in requests] == [old, None, fresh]
+    view = row_state._Subset(np.array([2, 1]), 3).budgets(holder)
+    assert view._state == {0: fresh} and view._state[0] is fresh
 
 
 @pytest.mark.parametrize("found", [{"a"}, {"a", "b", "c"}])
