@@ -382,20 +382,16 @@ class StepPlan:
 
     def leftovers(self) -> list[tuple[int, int, Carried]]:
         """(row, request, state) of every row to be carried over; hidden states are the caller's."""
-        rows = self.rows
-        return [
-            (
-                row,
-                int(rows.req[row]),
-                Carried(
-                    int(rows.pos[row]),
-                    int(rows.loop[row]),
-                    rows.history[row].copy(),
-                    bool(rows.stop[row] == HEAD),
-                    int(rows.draft[row]),
-                    int(rows.drafted[row]),
-                    (int(rows.req[row]), int(rows.pos[row])) in self._unborn,
-                ),
+        left, rows = [], self.rows
+        for row, (req, pos) in enumerate(zip(rows.req.tolist(), rows.pos.tolist(), strict=True)):
+            carried = Carried(
+                pos,
+                int(rows.loop[row]),
+                rows.history[row].copy(),
+                head=bool(rows.stop[row] == HEAD),
+                draft=int(rows.draft[row]),
+                drafted=int(rows.drafted[row]),
+                next=(req, pos) in self._unborn,
             )
-            for row in range(len(rows))
-        ]
+            left.append((row, req, carried))
+        return left

@@ -23,8 +23,13 @@ class InPlace:
     def embed(self, tokens: np.ndarray) -> torch.Tensor:
         return torch.zeros(len(tokens), 2)
 
-    def sample(self, req: np.ndarray, hidden: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def read_out(self, hidden: torch.Tensor) -> torch.Tensor:
         raise AssertionError("nobody is sampled in the step")
+
+    def sample(self, req: np.ndarray, logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        raise AssertionError("nobody is sampled in the step")
+
+    draft = sample
 
     def stand_in(self, left: Left) -> None: ...
 

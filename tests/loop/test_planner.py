@@ -183,7 +183,7 @@ def test_an_exact_request_that_ends_owes_the_loops_of_its_prompt_alone(
     for ended in (False, True):
         out = plan.readout(plan.rows.loop + 1 >= plan.rows.high)
         assert len(out) == 1
-        plan.advance(out, np.array([ended]))
+        plan.advance(out, np.zeros(1, np.int64), np.array([ended]))
     assert plan.rows.pos.tolist() == stays
 
 
