@@ -235,7 +235,7 @@ class ExitParams:
     max_loops: int
     exit_mode: str
     forced_depths: tuple[int, ...] = ()
-    guided: bool = False
+    guided: bool = field(default=False, compare=False)
 
     @property
     def gate_threshold(self) -> float:
@@ -291,8 +291,8 @@ class ExitParams:
 
     def controls(self) -> dict[str, Any]:
         """The controls that `parse` makes these of again, but for forced depths."""
-        names = [name for name in DEPTH_FIELDS if name != "exit_threshold" or not self.guided]
-        return {name: getattr(self, name) for name in names}
+        unsaid = {"exit_threshold"} if self.guided and self.exit_mode == LOSSLESS else set()
+        return {name: getattr(self, name) for name in DEPTH_FIELDS if name not in unsaid}
 
 
 @dataclass(frozen=True)

@@ -197,3 +197,16 @@ def test_without_drafts_a_lossless_request_runs_every_loop() -> None:
     assert config.request(asked) == ExitParams(1.0, 1, T, "lossless")
     with pytest.raises(DepthError, match="drafts must be true or false, got 1"):
         LoopConfig.parse(SimpleNamespace(total_ut_steps=T), {"drafts": 1})
+
+
+@pytest.mark.parametrize("mode", ["skip", "exact", "lossless", "auto"])
+def test_controls_give_the_same_again(mode: str) -> None:
+    """Also those of a request that gave no threshold, on a server whose default has moved."""
+    config = LoopConfig.parse(SimpleNamespace(total_ut_steps=T), {"exit_threshold": 0.4})
+    for defaults in (config.defaults, replace(config.defaults, exit_threshold=0.7)):
+        for given in ({}, {"exit_threshold": 0.2}, {"min_loops": 2}, {"exit_threshold": 1.0}):
+            asked = ExitParams.parse({**given, "exit_mode": mode}, defaults, T).settled(T)
+            again = config.request(asked.controls())
+            assert again.guided == asked.guided or mode != "lossless"
+            if not asked.guided or asked.exit_mode != "lossless":
+                assert again == asked

@@ -14,7 +14,7 @@ from ouro_server.presets import SHIPPED, PresetBook
 from ouro_server.served import ServedDepth
 
 LOOPS = 4
-CONFIG = LoopConfig(LOOPS, ExitParams(1.0, 1, LOOPS, "skip"))
+CONFIG = LoopConfig(LOOPS, ExitParams(1.0, 1, LOOPS, "skip", guided=True))
 BOOK = PresetBook.load(SHIPPED, LOOPS)
 
 
