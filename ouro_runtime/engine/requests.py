@@ -60,7 +60,11 @@ class LoopRequest:
     def work(
         self, start: int, count: int, known: int, max_model_len: int, drafts: bool = False
     ) -> Work:
-        """This request's part of a step; see `Work`."""
+        """This request's part of a step; see `Work`.
+
+        Args:
+            drafts: whether drafts pay; a request that says itself where to draft is not asked.
+        """
         params = self.params
         return Work(
             start=start,
@@ -74,7 +78,7 @@ class LoopRequest:
             forced=self._forced,
             exact=params.exit_mode == "exact",
             lossless=params.exit_mode == LOSSLESS,
-            drafts=drafts,
+            drafts=drafts or not params.guided,
             guided=params.guided and params.exit_mode == LOSSLESS,
             seat=self.slot,
             single=self.single,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from vllm import LLM
 
+from ouro_runtime.loop.drafts import DraftTrial
 from tests.engine.cases import CHECKPOINTS, golden_cases, golden_records
 from tests.engine.compare import LOGPROB_TOLERANCE
 from tests.engine.harness import (
@@ -244,6 +245,25 @@ def test_what_stays_is_published_and_nothing_else() -> None:
             assert answer.num_cached_tokens == (len(longer) - 1) // 32 * 32, draft
             assert list(answer.outputs[0].token_ids) == full.tokens[80:], draft
             llm.reset_prefix_cache()
+
+
+def test_where_drafts_do_not_pay_only_who_asks_for_them_is_drafted(mini: LLM) -> None:
+    (prompt,) = mini_prompts(1)
+    scheduler = scheduler_of(mini)
+
+    class Never(DraftTrial):
+        def decide(self, requests: int) -> bool:
+            return False
+
+    scheduler.draft_trial = Never()
+    try:
+        left, own = (
+            generate_one(mini, prompt, greedy(16, lossless(d))) for d in ({}, {"exit_threshold": 0})
+        )
+    finally:
+        scheduler.draft_trial = None
+    assert left.depths == left.loops_run == [4] * 16
+    assert own.tokens == left.tokens and own.depths != left.depths
 
 
 def test_drafts_can_be_turned_off() -> None:
