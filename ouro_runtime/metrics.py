@@ -101,7 +101,7 @@ class DepthMetrics:
         loops_run = sum(report.loops_run)
         self.loops_run.inc(loops_run)
         self.loops_skipped.inc(sum(max(0, self.loops - run) for run in report.loops_run))
-        drafted = [pair for pair in zip(report.drafts, report.depths, strict=False) if pair[0]]
+        drafted = [pair for pair in zip(report.drafts, report.depths, strict=True) if pair[0]]
         right = sum(draft == depth for draft, depth in drafted)
         self.drafts["right"].inc(right)
         self.drafts["wrong"].inc(len(drafted) - right)

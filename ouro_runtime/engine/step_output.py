@@ -19,10 +19,12 @@ class StepOutput:
     Attributes:
         notes: request id -> what `pack_notes` made of its tokens, in order.
         report: what the passes did.
+        guided: some request left it to the server whether it is drafted.
     """
 
     notes: dict[str, np.ndarray]
     report: StepReport
+    guided: bool = False
 
     def depths(self, req_id: str) -> list[int]:
         """The depth of each of a request's tokens."""

@@ -10,7 +10,8 @@ from typing import Any
 
 
 class Draws:
-    """One request's generator, and how it stood before each draft that is still to be confirmed."""
+    """One request's generator, and how it stood before each draft that is still to be confirmed. A
+    request that draws nothing has none, and nothing happens."""
 
     def __init__(self) -> None:
         self.generator: Any = None
@@ -18,7 +19,8 @@ class Draws:
 
     def drafting(self) -> None:
         """A token is about to be drafted."""
-        self._before.append(self.generator.get_state())
+        if self.generator is not None:
+            self._before.append(self.generator.get_state())
 
     def rewind(self) -> Any:
         """A position is about to be read out for good: draw as its draft did, if it had one.
@@ -34,10 +36,10 @@ class Draws:
 
     def confirm(self, ahead: Any, right: bool) -> None:
         """The token was sampled. `right`: it is the drafted one, and later drafts stand."""
-        if right:
-            self.generator.set_state(ahead)
-        else:
+        if not right:
             self._before.clear()
+        elif ahead is not None:
+            self.generator.set_state(ahead)
 
     def drop(self) -> None:
         """All drafts are void; the next token draws as the first of them did."""

@@ -165,6 +165,8 @@ class StepExecutor:
         rows.survival = survive(rows.survival, halt.numpy())
         threshold, depth = plan.threshold[rows.req], rows.loop + 1
         exits = exit_mask(rows.survival, depth, threshold, rows.low, rows.high, self.loops)
+        if not plan.drafting:
+            return exits
         guided = np.nonzero(plan.guided[rows.req] & (rows.stop == HEAD) & (depth < self.loops))[0]
         if len(guided):
             exits[guided] = self.rule.drafts(
@@ -180,8 +182,7 @@ class StepExecutor:
             return
         rows, depth = out.rows[told], out.drafted[told]
         cdf = 1.0 - plan.rows.history[rows, depth - 1]
-        right = plan.rows.draft[rows] == tokens[told]
-        self.rule.learn(plan.seat[out.req[told]], depth, cdf, right)
+        self.rule.learn(plan.seat[out.req[told]], depth, cdf, out.right(tokens)[told])
 
     def _read_out(
         self,
@@ -205,16 +206,17 @@ class StepExecutor:
         read = np.nonzero(~out.deferred)[0]
         if not len(read):
             return tokens, finished
-        place = np.full(len(out), -1)
-        place[read] = np.arange(len(read))
         logits = runner.read_out(states if len(read) == len(out) else _pick(states, read))
-        for which, sample in ((now, runner.sample), (~out.final, runner.draft)):
-            if sample == runner.draft and which.any():
-                # Final tokens first: they may show a draft of the same pass to be in vain.
-                which = which & ~plan.void(out, tokens, finished)
-            index = np.nonzero(which)[0]
-            if len(index):
-                tokens[index], finished[index] = sample(out.req[index], _pick(logits, place[index]))
+        place = np.cumsum(~out.deferred) - 1
+        final = np.nonzero(now)[0]
+        if len(final):
+            picked = _pick(logits, place[final])
+            tokens[final], finished[final] = runner.sample(out.req[final], picked)
+        # Only now: a final token may show a draft of the same pass to be in vain.
+        drafts = np.nonzero(~out.final & ~plan.void(out, tokens, finished))[0]
+        if len(drafts):
+            picked = _pick(logits, place[drafts])
+            tokens[drafts], finished[drafts] = runner.draft(out.req[drafts], picked)
         return tokens, finished
 
     def _follow(

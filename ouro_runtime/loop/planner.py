@@ -200,7 +200,7 @@ class StepPlan:
         rows = np.nonzero(leaving)[0]
         if not len(rows):
             cdf = np.zeros((0, self.loops), np.float32)
-            return Readout(rows, NONE, NONE, NOBODY, NOBODY, NOBODY, cdf, NOBODY, NONE, NONE, NONE)
+            return Readout(rows, NONE, NONE, NOBODY, NOBODY, NOBODY, cdf, NOBODY, *[NONE] * 4)
         req, depth = every.req[rows], every.loop[rows]
         tail = every.pos[rows] == self._prompt[req] - 1
         exact, lossless = self._exact[req], self._lossless[req]
@@ -214,6 +214,7 @@ class StepPlan:
             cdf=exit_cdf(every.history[rows], depth),
             final=~lossless | (depth >= self.loops),
             loops_run=np.where(tail | exact | lossless, self.loops, depth),
+            draft=every.draft[rows],
             drafted=every.drafted[rows],
             dropped=np.zeros(len(rows), np.int64),
         )
@@ -230,8 +231,8 @@ class StepPlan:
 
     def _cut(self, out: Readout, tokens: np.ndarray, finished: np.ndarray) -> np.ndarray:
         """[R] int64, of every request: positions after this one are dropped."""
-        draft = self.rows.draft[out.rows]
-        ends = out.final & self._lossless[out.req] & (finished | ((draft >= 0) & (draft != tokens)))
+        wrong = (out.draft >= 0) & ~out.right(tokens)
+        ends = out.final & self._lossless[out.req] & (finished | wrong)
         cut = np.full(len(self.work), HEAD, np.int64)
         cut[out.req[ends]] = self.rows.pos[out.rows[ends]]
         return cut
@@ -299,13 +300,13 @@ class StepPlan:
         starts = ~(finished | out.deferred) if self.passes_left else np.zeros(len(out), bool)
         if gone is not None:
             # Dropped, or confirmed: its successor is on its way.
-            starts &= ~gone[out.rows] & ~(out.final & (self.rows.draft[out.rows] == tokens))
+            starts &= ~gone[out.rows] & ~out.right(tokens)
         return stays, starts
 
     def _draft(self, out: Readout, tokens: np.ndarray, finished: np.ndarray) -> None:
         """Note the drafts of `out`, and of its final tokens at which loop they were first known."""
         rows = self.rows
-        right = out.final & (rows.draft[out.rows] >= 0) & (rows.draft[out.rows] == tokens)
+        right = out.right(tokens)
         drafts = ~out.final
         at = out.rows[drafts]
         rows.draft[out.rows], rows.drafted[out.rows] = -1, 0

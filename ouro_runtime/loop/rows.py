@@ -131,7 +131,8 @@ class Readout:
             draft, the loop at which the token was first known.
         final: [M] bool, the token stays; else it is a draft.
         loops_run: [M] int64, cells run for the token, those of dropped positions included.
-        drafted: [M] int64, of a final one: the loop at which it was drafted, else 0.
+        draft: [M] int64, of a final one: the token that was drafted there, else -1.
+        drafted: [M] int64, the loop at which it was, else 0.
         dropped: [M] int64, drafts of later positions that were dropped with it.
         tail: [M] bool, the row is its prompt's last position.
         exact: [M] bool, K/V mode `exact`.
@@ -148,11 +149,16 @@ class Readout:
     cdf: np.ndarray
     final: np.ndarray
     loops_run: np.ndarray
+    draft: np.ndarray
     drafted: np.ndarray
     dropped: np.ndarray
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def right(self, tokens: np.ndarray) -> np.ndarray:
+        """[M] bool: final ones whose draft was the token, of `tokens` [M]."""
+        return self.final & (self.draft == tokens)
 
 
 @dataclass

@@ -73,7 +73,7 @@ def depth_parser() -> argparse.ArgumentParser:
         "exact: they are run off the read-out, so that later tokens see the K/V of the full\n"
         "model; nothing is saved.\n"
         "lossless: the token read out at the exit is a draft, which loop T confirms or takes\n"
-        "back: the answer of every loop, sooner.\n"
+        "back: the answer is that of every loop.\n"
         "auto: lossless where every loop is asked for, else skip. Default: skip.",
     )
     group.add_argument(

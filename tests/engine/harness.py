@@ -36,6 +36,8 @@ class Output:
     finish_reason: str | None
     stop_reason: int | str | None
     text: str = ""
+    drafts: list[int] = field(default_factory=list)
+    drafts_dropped: list[int] = field(default_factory=list)
     entries: list[dict[int, float]] = field(default_factory=list)
     prompt_entries: list[dict[int, float]] = field(default_factory=list)
 
@@ -60,6 +62,8 @@ class Output:
             completion.finish_reason,
             completion.stop_reason,
             completion.text,
+            list(completion.drafts),
+            list(completion.drafts_dropped),
             [values(entry) for entry in completion.logprobs or ()],
             [values(entry or {}) for entry in prompt_logprobs or ()],
         )

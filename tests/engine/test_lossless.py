@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from vllm import LLM
 
+from ouro_runtime.engine.cpu.sampler import StepSampler
 from ouro_runtime.loop.drafts import DraftTrial
 from tests.engine.cases import CHECKPOINTS, golden_cases, golden_records
 from tests.engine.compare import LOGPROB_TOLERANCE
@@ -155,29 +156,36 @@ def test_up_to_the_last_token(mini: LLM) -> None:
     assert all(out.tokens == ends[0].tokens for out in ends) and len(ends[0].tokens) == 7
 
 
-def test_what_was_run_is_what_is_billed(mini: LLM) -> None:
-    """Loops run of a request add up to the cells of its decoding, those dropped included."""
-    prompts = mini_prompts(3)
-    for draft in FEW:
-        cells = 0
-        runner = runner_of(mini)
-        run = runner.executor.run
+def test_what_was_run_is_what_is_billed(mini: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request's loops run add up to the cells of its decoding, and its drafts to those that were
+    sampled, dropped ones included."""
+    counted = {"cells": 0, "drafts": 0}
+    executor = runner_of(mini).executor
+    run, draft = executor.run, StepSampler.draft
 
-        def counting(*a: Any, run: Any = run, **k: Any) -> Any:
-            nonlocal cells
-            result = run(*a, **k)
-            cells += sum(result.pass_rows)
-            return result
+    def count_cells(*args: Any, **options: Any) -> Any:
+        result = run(*args, **options)
+        counted["cells"] += sum(result.pass_rows)
+        return result
 
-        runner.executor.run = counting
-        try:
-            for prompt in prompts:
-                cells = 0
-                out = generate_one(mini, prompt, greedy(16, lossless(draft)))
-                assert sum(out.loops_run) + 4 * (len(prompt) - 1) == cells, draft
-                assert len(out.depths) == 16 and max(out.depths) <= 4
-        finally:
-            runner.executor.run = run
+    def count_drafts(self: Any, rows: Any, logits: Any) -> Any:
+        counted["drafts"] += len(rows)
+        return draft(self, rows, logits)
+
+    monkeypatch.setattr(executor, "run", count_cells)
+    monkeypatch.setattr(StepSampler, "draft", count_drafts)
+    dropped = 0
+    for depth in FEW:
+        for prompt in mini_prompts(3):
+            counted |= {"cells": 0, "drafts": 0}
+            out = generate_one(mini, prompt, greedy(16, lossless(depth)))
+            made = sum(loop > 0 for loop in out.drafts) + sum(out.drafts_dropped)
+            dropped += sum(out.drafts_dropped)
+            assert sum(out.loops_run) + 4 * (len(prompt) - 1) == counted["cells"], depth
+            assert made == counted["drafts"], depth
+            known = zip(out.depths, out.drafts, strict=True)
+            assert all(depth in (loop, 4) for depth, loop in known)
+    assert dropped, "nothing was ever dropped: this tests little"
 
 
 def crowd_of(count: int, tokens: int) -> list[Arrival]:

@@ -27,6 +27,7 @@ def readout(req: list[int], depth: list[int], tail: list[bool], exact: list[bool
         cdf=cdf,
         final=np.ones(len(req), bool),
         loops_run=np.where(np.array(tail) | np.array(exact), LOOPS, depth),
+        draft=np.full(len(req), -1),
         drafted=np.zeros(len(req), np.int64),
         dropped=np.zeros(len(req), np.int64),
     )

@@ -42,8 +42,8 @@ def test_no_name_contains_vllm(registry: CollectorRegistry) -> None:
 
 def test_tokens_and_loops_are_counted(registry: CollectorRegistry) -> None:
     metrics = DepthMetrics("m", 4, registry)
-    metrics.record(DepthReport(depths=[4, 1, 1, 2], loops_run=[4, 1, 4, 2]))
-    metrics.record(DepthReport(depths=[1], loops_run=[1]))
+    metrics.record(DepthReport([4, 1, 1, 2], [4, 1, 4, 2], [0, 0, 0, 0]))
+    metrics.record(DepthReport([1], [1], [0]))
     counted = [value(registry, "ouro_tokens_total", depth=n) for n in "1234"]
     assert counted == [3, 1, 0, 1]
     run, skipped = (value(registry, f"ouro_loops_{k}_total") for k in ("run", "skipped"))
@@ -82,7 +82,7 @@ def test_steps_are_counted_by_pass_and_loop(registry: CollectorRegistry) -> None
 
 
 def test_a_second_server_in_the_process_starts_anew(registry: CollectorRegistry) -> None:
-    DepthMetrics("m", 4, registry).record(DepthReport(depths=[1], loops_run=[1]))
+    DepthMetrics("m", 4, registry).record(DepthReport([1], [1], [0]))
     DepthMetrics("m", 6, registry)
     assert value(registry, "ouro_tokens_total", depth="1") == 0
     assert value(registry, "ouro_tokens_total", depth="6") == 0
@@ -97,7 +97,7 @@ def vllm_config(architecture: str) -> SimpleNamespace:
 def test_the_stat_logger_hands_reports_on() -> None:
     logger = OuroStatLogger(vllm_config("OuroForCausalLM"), [0])
     try:
-        logger.record(None, SimpleNamespace(ouro=DepthReport(depths=[2], loops_run=[2])))
+        logger.record(None, SimpleNamespace(ouro=DepthReport([2], [2], [0])))
         logger.record(None, SimpleNamespace(ouro=None))
         logger.record(None, SimpleNamespace())
         logger.record(None, None)
@@ -108,7 +108,7 @@ def test_the_stat_logger_hands_reports_on() -> None:
 
 def test_who_listens_gets_every_report() -> None:
     logger = OuroStatLogger(vllm_config("OuroForCausalLM"), [0])
-    report, heard = DepthReport(depths=[2], loops_run=[2]), []
+    report, heard = DepthReport([2], [2], [0]), []
     try:
         client = SimpleNamespace(logger_manager=SimpleNamespace(stat_loggers=[object(), logger]))
         listen(client, heard.append)
@@ -128,10 +128,24 @@ def test_nobody_can_listen_where_nothing_is_recorded() -> None:
 
 def test_the_stat_logger_is_silent_for_other_models() -> None:
     logger = OuroStatLogger(vllm_config("LlamaForCausalLM"), [0])
-    logger.record(None, SimpleNamespace(ouro=DepthReport(depths=[2], loops_run=[2])))
+    logger.record(None, SimpleNamespace(ouro=DepthReport([2], [2], [0])))
     assert value(REGISTRY, "ouro_tokens_total", depth="2") is None
 
 
 def test_depth_buckets_span_one_to_t() -> None:
     assert depth_buckets(1) == (1,)
     assert depth_buckets(2) == (1, 1.25, 1.5, 1.75, 2)
+
+
+def test_drafts_are_counted_by_what_became_of_them() -> None:
+    """Drafted at 2 and 1 and confirmed, at 3 and taken back with two behind it, and not drafted."""
+    registry = CollectorRegistry()
+    metrics = DepthMetrics("m", 4, registry)
+    metrics.record(DepthReport([2, 1, 4, 4], [4, 4, 9, 4], [2, 1, 3, 0], drafts_dropped=2))
+    counted = {
+        outcome: registry.get_sample_value("ouro_drafts_total", {**MODEL, "outcome": outcome})
+        for outcome in ("right", "wrong", "dropped")
+    }
+    assert counted == {"right": 2, "wrong": 1, "dropped": 2}
+    assert registry.get_sample_value("ouro_loops_run_total", MODEL) == 21
+    assert registry.get_sample_value("ouro_loops_skipped_total", MODEL) == 0

@@ -11,31 +11,14 @@ import numpy as np
 import torch
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.sample.metadata import SamplingMetadata
-from vllm.v1.sample.sampler import Sampler
+from vllm.v1.sample.sampler import _SAMPLING_EPS, Sampler
 
 from ouro_runtime.config import LOSSLESS
 from ouro_runtime.engine.cpu.row_state import is_idle, rows_of
 from ouro_runtime.engine.requests import LoopRequest
-from ouro_runtime.loop.draws import Draws
 from ouro_runtime.loop.greedy import argmax
 
-SAMPLING_EPS = 1e-5
-"""Below this temperature vLLM takes the likeliest token."""
-
 place_of = attrgetter("position")
-
-
-class _NoDraws(Draws):
-    """Of a request that draws nothing."""
-
-    def drafting(self) -> None: ...
-
-    def rewind(self) -> None: ...
-
-    def confirm(self, ahead: object, right: bool) -> None: ...
-
-
-NO_DRAWS = _NoDraws()
 
 
 def is_bare_greedy(metadata: SamplingMetadata) -> bool:
@@ -96,7 +79,7 @@ class StepSampler:
             draws = self.requests[row].draws
             if row in generators:
                 draws.generator = generators[row]
-            elif temperature is not None and temperature[row] >= SAMPLING_EPS:
+            elif temperature is not None and temperature[row] >= _SAMPLING_EPS:
                 if draws.generator is None:
                     draws.generator = torch.Generator()
                     draws.generator.manual_seed(int(torch.randint(0, 2**62, ())))
@@ -110,7 +93,11 @@ class StepSampler:
             self._taken.append((rows, tokens))
             return tokens
         tokens = np.empty(len(rows), np.int64)
-        ahead = {row: self._draws(row).rewind() for row in rows.tolist() if self._drafted.get(row)}
+        ahead = {
+            row: self.requests[row].draws.rewind()
+            for row in rows.tolist()
+            if self._drafted.get(row)
+        }
         for places in self._alike(rows):
             part = logits if len(places) == len(rows) else logits[torch.from_numpy(places)]
             tokens[places] = self._sample_alike(rows[places], part)
@@ -118,10 +105,10 @@ class StepSampler:
         for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
             self.outputs[row].append(token)
             if row in ahead:
-                drafted = self._drafted[row]
-                right = drafted[0] == token
-                self._drafted[row] = drafted[1:] if right else []
-                self._draws(row).confirm(ahead[row], right)
+                waiting = self._drafted[row]
+                right = waiting[0] == token
+                self._drafted[row] = waiting[1:] if right else []
+                self.requests[row].draws.confirm(ahead[row], right)
         for processor in self._stateful:
             processor.update_state(None)
         return tokens
@@ -141,16 +128,12 @@ class StepSampler:
             and [self.outputs[row] + self._drafted[row] for row in rows.tolist()],
         )
         for row in rows.tolist():
-            self._draws(row).drafting()
+            self.requests[row].draws.drafting()
         out = self.sampler(logits=logits, sampling_metadata=metadata)
         tokens = out.sampled_token_ids.view(-1).numpy().astype(np.int64)
         for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
             self._drafted[row].append(token)
         return tokens
-
-    def _draws(self, row: int) -> Draws:
-        draws = self.requests[row].draws
-        return draws if row in self.metadata.generators else NO_DRAWS
 
     def _alike(self, rows: np.ndarray) -> list[np.ndarray]:
         """Places of `rows` that may be sampled together.

@@ -1,7 +1,8 @@
 """Seam: vLLM's synchronous scheduler, for steps that yield from none to T tokens per request.
 
 After a step a request's `num_computed_tokens` moves by the tokens it yielded; what both schedulers
-of looped models do is in `scheduler_common.py`.
+of looped models do is in `scheduler_common.py`. Here it is also decided, step by step, whether
+lossless requests are drafted, and slots are reserved for what drafts have in flight.
 """
 
 from __future__ import annotations
@@ -50,9 +51,8 @@ class OuroScheduler(LoopSchedulerMixin, Scheduler):
         if step is None:
             return result
         scheduled = scheduler_output.num_scheduled_tokens
-        if self.draft_trial is not None and len(at_head) == len(scheduled) == sum(
-            scheduled.values()
-        ):
+        decoding = len(at_head) == len(scheduled) == sum(scheduled.values())
+        if self.draft_trial is not None and step.guided and decoding:
             report = step.report
             self.draft_trial.note(len(scheduled), sum(report.seconds.values()), report.tokens)
         self._add_depths(result, step)

@@ -61,6 +61,7 @@ class CPUStep:
         """Run the passes; requests remember their depths and what is carried over."""
         began = perf_counter()
         self.result = executor.run(plan, embedded, self, keep_hidden)
+        self.guided = bool(plan.guided.any())
         self.seconds["plan"] = perf_counter() - began - sum(self.seconds.values())
         self.notes = note_tokens(self.result.readouts, len(self.requests), executor.loops)
         for request, noted, carried in zip(
@@ -96,7 +97,7 @@ class CPUStep:
             tokens=sum(map(len, tokens)),
             seconds=self.seconds,
         )
-        return StepOutput(dict(zip(req_ids, self.notes, strict=True)), report)
+        return StepOutput(dict(zip(req_ids, self.notes, strict=True)), report, self.guided)
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
