@@ -188,6 +188,25 @@ def test_what_was_run_is_what_is_billed(mini: LLM, monkeypatch: pytest.MonkeyPat
     assert dropped, "nothing was ever dropped: this tests little"
 
 
+def test_where_drafts_do_not_pay_only_who_asks_for_them_is_drafted(mini: LLM) -> None:
+    (prompt,) = mini_prompts(1)
+    scheduler = scheduler_of(mini)
+
+    class Never(DraftTrial):
+        def decide(self, requests: int) -> bool:
+            return False
+
+    scheduler.draft_trial = Never()
+    try:
+        left, own = (
+            generate_one(mini, prompt, greedy(16, lossless(d))) for d in ({}, {"exit_threshold": 0})
+        )
+    finally:
+        scheduler.draft_trial = None
+    assert left.depths == left.loops_run == [4] * 16
+    assert own.tokens == left.tokens and own.depths != left.depths
+
+
 def crowd_of(count: int, tokens: int) -> list[Arrival]:
     rng = random.Random(count)
     modes = [FULL, {"exit_threshold": 0.3}, {"exit_threshold": 0.3, "exit_mode": "exact"}]
@@ -253,25 +272,6 @@ def test_what_stays_is_published_and_nothing_else() -> None:
             assert answer.num_cached_tokens == (len(longer) - 1) // 32 * 32, draft
             assert list(answer.outputs[0].token_ids) == full.tokens[80:], draft
             llm.reset_prefix_cache()
-
-
-def test_where_drafts_do_not_pay_only_who_asks_for_them_is_drafted(mini: LLM) -> None:
-    (prompt,) = mini_prompts(1)
-    scheduler = scheduler_of(mini)
-
-    class Never(DraftTrial):
-        def decide(self, requests: int) -> bool:
-            return False
-
-    scheduler.draft_trial = Never()
-    try:
-        left, own = (
-            generate_one(mini, prompt, greedy(16, lossless(d))) for d in ({}, {"exit_threshold": 0})
-        )
-    finally:
-        scheduler.draft_trial = None
-    assert left.depths == left.loops_run == [4] * 16
-    assert own.tokens == left.tokens and own.depths != left.depths
 
 
 def test_drafts_can_be_turned_off() -> None:
