@@ -148,6 +148,7 @@ def test_up_to_the_last_token(mini: LLM) -> None:
         for draft in FEW:
             out = generate_one(mini, prompt, greedy(limit, lossless(draft)))
             assert out.tokens == full.tokens[:limit] and out.finish_reason == "length"
+            assert out.drafts[-1] == 0, "a draft of the last token starts nothing"
     long = (prompt * 512)[:505]
     ends = [
         generate_one(mini, long, greedy(50, depth))
@@ -253,6 +254,28 @@ def test_a_crowd_answers_as_alone(blocks: int) -> None:
             got, wanted = seen[arrival.name, 0], generate_one(llm, arrival.prompt, alone)
             same_answer(f"{arrival.name} {depth}", got, wanted)
         assert_idle(llm)
+
+
+def test_a_preempted_request_draws_as_if_nothing_had_happened() -> None:
+    """What its dropped drafts drew is drawn again, also when it is not drafted any more."""
+    options = {"max_model_len": 128, "num_gpu_blocks_override": 14, "max_num_seqs": 16}
+    with engine(MINI, **options) as llm:
+        preempted = count_preemptions(llm)
+
+        class UntilSomeLeft(DraftTrial):
+            def decide(self, requests: int) -> bool:
+                return len(preempted) < 6
+
+        scheduler_of(llm).draft_trial = UntilSomeLeft()
+        prompt = mini_prompts(1)[0][:4]
+        asked = [
+            [greedy(60, depth, temperature=2.0, seed=seed) for seed in range(12)]
+            for depth in (lossless({}), FULL)
+        ]
+        outs = generate(llm, [prompt] * 12, asked[0])
+        assert len(preempted) > 6 and any(depth < 4 for out in outs for depth in out.depths)
+        for seed, got in enumerate(outs):
+            same_answer(f"seed {seed}", got, generate_one(llm, prompt, asked[1][seed]))
 
 
 def test_what_stays_is_published_and_nothing_else() -> None:
