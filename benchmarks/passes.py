@@ -79,5 +79,6 @@ class PassProfile:
         return {f"{name}_ms": 1e3 * value / self.passes for name, value in parts.items()} | {
             "outside_block_share": outside_block / inside,
             "rows_per_pass": self.rows / self.passes,
+            "passes_per_token": self.passes / self.tokens,
             "tokens_per_step": self.tokens / self.steps,
         }

@@ -45,7 +45,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 512,
     },
 }
-"""Shapes by name; each has four loops and writes bfloat16 unless told otherwise."""
+PRESETS["mid-settled"] = PRESETS["mid"] | {"residual": 0.002}
+"""By name, each with four loops, in bfloat16 unless told otherwise. `mid-settled`: what is read out
+after two loops is, nearly always, what is read out after four."""
 
 DTYPES = {"bfloat16": ("BF16", 2), "float32": ("F32", 4)}
 TOKENIZER_FILES = (
@@ -79,6 +81,7 @@ def write_checkpoint(
     seed: int = 0,
     shard_bytes: int = 1 << 30,
     tokenizer: str | Path | None = None,
+    residual: float = 1.0,
     **config: Any,
 ) -> Path:
     """Write `config.json` and the weights; returns the folder.
@@ -90,6 +93,7 @@ def write_checkpoint(
         dtype: `bfloat16` or `float32`.
         shard_bytes: a checkpoint larger than this is split, with an index.
         tokenizer: a folder whose tokenizer files are copied.
+        residual: scale of what a layer adds to the state; the smaller, the less a loop moves it.
         config: further keys of `config.json`, which win over those written here.
     """
     folder = Path(folder)
@@ -145,7 +149,7 @@ def write_checkpoint(
     }
     if not tie_word_embeddings:
         shapes["lm_head.weight"] = (vocab_size, hidden_size)
-    write_shards(folder, shapes, dtype, seed, shard_bytes)
+    write_shards(folder, shapes, dtype, seed, shard_bytes, residual)
     for name in TOKENIZER_FILES if tokenizer else ():
         source = Path(tokenizer or "") / name
         if source.exists():
@@ -154,7 +158,12 @@ def write_checkpoint(
 
 
 def write_shards(
-    folder: Path, shapes: dict[str, Shape], dtype: str, seed: int, shard_bytes: int
+    folder: Path,
+    shapes: dict[str, Shape],
+    dtype: str,
+    seed: int,
+    shard_bytes: int,
+    residual: float,
 ) -> None:
     """Write the tensors in order, into as many files as it takes."""
     label, width = DTYPES[dtype]
@@ -178,7 +187,7 @@ def write_shards(
             write_header(stream, {name: shapes[name] for name in names}, label, width)
             for name in names:
                 for values in random_values(name, shapes[name], seed):
-                    stream.write(encode(values, dtype))
+                    stream.write(encode(settle(name, values, residual), dtype))
     if len(shards) > 1:
         total = sum(int(np.prod(shape)) for shape in shapes.values()) * width
         content = {"metadata": {"total_size": total}, "weight_map": index}
@@ -215,6 +224,16 @@ def random_values(name: str, shape: Shape, seed: int) -> Iterator[np.ndarray]:
     for start in range(0, count, SLICE):
         values = generator.standard_normal(min(SLICE, count - start), dtype=np.float32)
         yield values * np.float32(scale) + np.float32(mean)
+
+
+def settle(name: str, values: np.ndarray, residual: float) -> np.ndarray:
+    """`values` of a model whose layers add only `residual` of what they would, and whose final
+    norm, which every loop ends with, leaves the state's direction as it is in the same measure."""
+    if "layernorm_2" in name:
+        return values * np.float32(residual)
+    if name == "model.norm.weight":
+        return 1 + (values - 1) * np.float32(residual)
+    return values
 
 
 def encode(values: np.ndarray, dtype: str) -> bytes:

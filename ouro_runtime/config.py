@@ -334,7 +334,7 @@ class LoopConfig:
                 )
         drafts = check_drafts(given.pop(DRAFTS, True))
         threshold = 1.0 if threshold is None else min(float(threshold), 1.0)
-        built_in = ExitParams(threshold, 1, loops, "skip")
+        built_in = ExitParams(threshold, 1, loops, AUTO)
         defaults = ExitParams.parse(given, built_in, loops)
         return cls(loops, replace(defaults, guided=True), drafts)
 

@@ -1,6 +1,10 @@
 """What would N requests do? Replays depth traces through the planner, without a model or a GPU.
 
 python -m ouro_runtime.loop.simulate --requests 2000 --slots 512 --mean-depth 2.5
+python -m ouro_runtime.loop.simulate --slots 8 --mean-depth 1.6 --lossless --acceptance 0.98
+
+In `lossless` the depths are those at which tokens are drafted. A threshold sets their mean and the
+share that loop T confirms; `usage.depth` tells both of a server.
 """
 
 from __future__ import annotations
@@ -12,15 +16,20 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ouro_runtime.loop.planner import StepPlan
-from ouro_runtime.loop.rows import Carried, Work
+from ouro_runtime.loop.rows import Carried, Readout, Work
 
 
 @dataclass
 class Trace:
-    """One request: prompt tokens, and the depth of every token it will generate."""
+    """One request: prompt tokens, and the depth of every token it will generate.
+
+    Attributes:
+        wrong: in `lossless`, whether the draft of each token is not what loop T says; else None.
+    """
 
     prompt: int
     depths: np.ndarray
+    wrong: np.ndarray | None = None
     produced: int = 0
     carried: list[Carried] = field(default_factory=list)
 
@@ -34,8 +43,15 @@ class Trace:
             last=self.prompt - 2 + len(self.depths),
             forced=self.depths,
             exact=exact,
+            lossless=self.wrong is not None,
+            drafts=self.wrong is not None,
             carried=self.carried,
         )
+
+    def said(self, position: int, final: bool) -> int:
+        """What is read out at a position, as a token: the same by a right draft and by loop T."""
+        wrong = self.wrong is not None and not final and self.wrong[position - self.prompt + 1]
+        return 2 * position + int(wrong)
 
 
 @dataclass
@@ -43,8 +59,8 @@ class Occupancy:
     """What the passes of a simulation did.
 
     Attributes:
-        rows: rows of every pass. tokens: tokens of every step. cells: cells that decoding needs,
-            the sum of all depths (prompts and exact's deeper loops left out).
+        rows: rows of every pass. tokens: tokens of every step. cells: the sum of all depths, each
+            the loop at which a token was first known: passes that the tokens had to wait for.
     """
 
     rows: list[int] = field(default_factory=list)
@@ -67,19 +83,28 @@ def simulate(traces: list[Trace], slots: int, loops: int, exact: bool = False) -
         while len(plan.rows) and plan.passes_left:
             out.rows.append(len(plan.rows))
             readout = plan.readout(plan.rows.loop + 1 >= plan.rows.high)
-            sampled += len(readout)
-            out.cells += int(readout.depth.sum())
-            finished = np.zeros(len(readout), bool)
-            for place, index in enumerate(readout.req.tolist()):
-                trace = running[index]
-                trace.produced += 1
-                finished[place] = trace.produced == len(trace.depths)
-            plan.advance(readout, np.zeros(len(readout), np.int64), finished)
+            tokens, finished = read_out(running, plan.rows.pos[readout.rows], readout)
+            plan.advance(readout, tokens, finished)
+            sampled += int(readout.final.sum())
+            out.cells += int(readout.depth[readout.final].sum())
         for _, index, carried in plan.leftovers():
             running[index].carried.append(carried)
         out.tokens.append(sampled)
         running = [trace for trace in running if trace.produced < len(trace.depths)]
     return out
+
+
+def read_out(
+    running: list[Trace], position: np.ndarray, readout: Readout
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [M] int64 of what is read out at `position` [M], and whether its request ends."""
+    tokens, finished = np.zeros(len(readout), np.int64), np.zeros(len(readout), bool)
+    for place, index in enumerate(readout.req.tolist()):
+        trace, final = running[index], bool(readout.final[place])
+        tokens[place] = trace.said(int(position[place]), final)
+        trace.produced += final
+        finished[place] = final and trace.produced == len(trace.depths)
+    return tokens, finished
 
 
 def random_depths(rng: np.random.Generator, count: int, mean: float, loops: int) -> np.ndarray:
@@ -95,28 +120,49 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=1, help="prompt tokens per request")
     parser.add_argument("--loops", type=int, default=4, help="T")
     parser.add_argument("--mean-depth", type=float, default=2.5)
-    parser.add_argument("--exact", action="store_true")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--exact", action="store_true")
+    modes.add_argument("--lossless", action="store_true", help="depths are those of drafts")
+    parser.add_argument("--acceptance", type=float, default=1.0, help="share of right drafts")
+    parser.add_argument(
+        "--row-cost",
+        type=float,
+        default=0.0,
+        help="time of a pass per further row, over that of a pass with one row (default: 0, as "
+        "where reading the weights is all that a pass costs)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if not 1 <= args.mean_depth <= args.loops:
         parser.error(f"--mean-depth must be from 1 to {args.loops}")
+    for name in ("acceptance", "row_cost"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name.replace('_', '-')} must be from 0 to 1")
     rng = np.random.default_rng(args.seed)
     traces = [
         Trace(args.prompt, random_depths(rng, args.tokens, args.mean_depth, args.loops))
         for _ in range(args.requests)
     ]
+    if args.lossless:
+        for trace in traces:
+            trace.wrong = rng.random(args.tokens) >= args.acceptance
     out = simulate(traces, args.slots, args.loops, args.exact)
     rows = np.array(out.rows)
     tokens = sum(out.tokens)
-    lockstep = args.loops * -(-tokens // args.slots)
-    print(f"requests {args.requests}  slots {args.slots}  T {args.loops}  exact {args.exact}")
+    seats = min(args.slots, args.requests)
+    lockstep = args.loops * -(-tokens // seats)
+    mode = "exact" if args.exact else "lossless" if args.lossless else "skip"
+    print(f"requests {args.requests}  slots {args.slots}  T {args.loops}  mode {mode}")
     print(f"tokens {tokens}  steps {len(out.tokens)}  passes {len(rows)}")
     print(f"rows per pass: p20/p50/p80 {np.percentile(rows, [20, 50, 80]).astype(int).tolist()}")
-    print(f"pass occupancy {rows.mean() / args.slots:.1%} of the slots")
+    print(f"pass occupancy {rows.mean() / seats:.1%} of the slots")
     print(f"tokens per pass {tokens / len(rows):.1f}, per step {tokens / len(out.tokens):.1f}")
     print(f"passes a full-depth server needs for the same tokens: {lockstep}")
     bound = args.loops * tokens / out.cells
-    print(f"gain {lockstep / len(rows):.2f}x, bound T / mean depth {bound:.2f}x")
+    print(f"gain in passes {lockstep / len(rows):.2f}x, bound T / mean depth {bound:.2f}x")
+    seconds = (1 + args.row_cost * (rows - 1)).sum()
+    whole = lockstep * (1 + args.row_cost * (seats - 1))
+    print(f"gain in time {whole / seconds:.2f}x, at a row cost of {args.row_cost:g}")
 
 
 if __name__ == "__main__":

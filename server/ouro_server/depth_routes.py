@@ -78,6 +78,7 @@ def depth_info(served: ServedDepth) -> DepthInfo:
         model=served.model,
         loops=served.loops,
         modes=list(MODES),
+        drafts=served.drafts,
         defaults=DepthDefaults.model_validate(asdict(in_force)),
         presets={
             name: PresetInfo(description=preset.description, **preset.controls)

@@ -238,6 +238,9 @@ class DepthInfo(BaseModel):
     model: str = Field(description="Name under which the model is served.")
     loops: int = Field(description="T: loops of the model, the greatest depth of a token.")
     modes: list[str] = Field(description="Values that `exit_mode` may take.")
+    drafts: bool = Field(
+        description="Whether `lossless` requests are drafted; false with `--no-drafts`."
+    )
     defaults: DepthDefaults = Field(
         description="Controls in force for a request that sets none and names no priority class."
     )

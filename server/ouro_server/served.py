@@ -25,6 +25,7 @@ class ServedDepth:
         fixed: why the defaults must not be changed over HTTP; None if they may.
         metrics: where finished generations are counted, if anywhere.
         steering: the latency controller, if there is one.
+        drafts: whether lossless requests may be drafted.
         known_xargs: whether all keys of `vllm_xargs` are known; not if the operator has logits
             processors that may read their own.
     """
@@ -37,6 +38,7 @@ class ServedDepth:
     fixed: tuple[int, str] | None = None
     metrics: ServerMetrics | None = None
     steering: Steering | None = None
+    drafts: bool = True
     known_xargs: bool = True
 
     def count(self, resolved: Resolved | None, tally: DepthTally) -> None:
@@ -55,4 +57,5 @@ class ServedDepth:
     ) -> "ServedDepth":
         """Of a model that is served under `names`, the first of which answers carry."""
         defaults = Defaults(config.defaults, config.loops)
-        return cls(names[0], config.loops, book, defaults, book.aliases(names), fixed)
+        aliases = book.aliases(names)
+        return cls(names[0], config.loops, book, defaults, aliases, fixed, drafts=config.drafts)

@@ -74,7 +74,7 @@ def depth_parser() -> argparse.ArgumentParser:
         "model; nothing is saved.\n"
         "lossless: the token read out at the exit is a draft, which loop T confirms or takes\n"
         "back: the answer is that of every loop.\n"
-        "auto: lossless where every loop is asked for, else skip. Default: skip.",
+        "auto: lossless where every loop is asked for, else skip. Default: auto.",
     )
     group.add_argument(
         "--no-drafts",

@@ -92,6 +92,8 @@ def make_engine(model: str, **options: Any) -> LLM:
         "enable_prefix_caching": False,
         "disable_log_stats": True,
         "seed": 0,
+        # Full-depth requests without drafts, unless a test asks for them.
+        "additional_config": {"ouro": {"exit_mode": "skip"}},
     }
     llm = LLM(model=str(model), **(settings | options))
     # A process registers its kernels once; a second engine would scan every module again, and

@@ -28,3 +28,30 @@ def test_random_depths_have_the_mean_asked_for(mean: float) -> None:
     depths = random_depths(np.random.default_rng(1), 20000, mean, 4)
     assert depths.min() >= 1 and depths.max() <= 4
     assert abs(depths.mean() - mean) < 0.02
+
+
+@pytest.mark.parametrize(("acceptance", "depth", "passes"), [(1.0, 2, 2), (0.0, 2, 4), (1.0, 4, 4)])
+def test_a_lossless_token_waits_for_the_loop_at_which_it_is_first_known(
+    acceptance: float, depth: int, passes: int
+) -> None:
+    tokens = 32
+    wrong = np.full(tokens, acceptance == 0)
+    out = simulate([Trace(3, np.full(tokens, depth), wrong=wrong)], slots=1, loops=4)
+    assert sum(out.tokens) == tokens
+    # The prompt's last position runs every loop, and the last token is not drafted.
+    assert abs(len(out.rows) - passes * tokens) <= 4
+    assert abs(out.cells - passes * tokens) <= 4
+
+
+def test_lossless_gains_by_the_share_of_right_drafts() -> None:
+    rng = np.random.default_rng(0)
+    gains = []
+    for acceptance in (0.5, 0.9, 1.0):
+        traces = [
+            Trace(1, random_depths(rng, 64, 1.6, 4), wrong=rng.random(64) >= acceptance)
+            for _ in range(64)
+        ]
+        out = simulate(traces, slots=8, loops=4)
+        assert sum(out.tokens) == 64 * 64
+        gains.append(4 * 64 * 64 / 8 / len(out.rows))
+    assert 1 < gains[0] < gains[1] < gains[2] <= 4 / 1.5

@@ -153,13 +153,13 @@ def test_what_a_config_says_of_itself_passes() -> None:
 
 def test_server_settings_override_the_checkpoint() -> None:
     config = SimpleNamespace(total_ut_steps=T, early_exit_threshold=0.7)
-    assert LoopConfig.parse(config).defaults == ExitParams(0.7, 1, T, "skip")
+    assert LoopConfig.parse(config).defaults == ExitParams(0.7, 1, T, "auto")
     served = LoopConfig.parse(config, {"exit_threshold": 0.2, "exit_mode": "exact"})
     assert served.defaults == ExitParams(0.2, 1, T, "exact")
     with pytest.raises(DepthError, match="unknown setting 'threshold'"):
         LoopConfig.parse(config, {"threshold": 0.2})
     assert LoopConfig.parse(SimpleNamespace(total_ut_steps=T, early_exit_threshold=2)).defaults == (
-        DEFAULTS
+        ExitParams(1.0, 1, T, "auto")
     )
 
 

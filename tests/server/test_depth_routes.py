@@ -54,6 +54,7 @@ def test_depth_shows_everything_a_client_may_ask_for(client: TestClient) -> None
         "model": "m",
         "loops": 4,
         "modes": ["auto", "skip", "exact", "lossless"],
+        "drafts": True,
         "defaults": {"exit_threshold": 1.0, "min_loops": 1, "max_loops": 4, "exit_mode": "skip"},
         "presets": {
             "quick": {

@@ -132,12 +132,12 @@ def test_pointer_and_keyboard_both_show_how_a_token_left(page: Browser, live: Li
 
 def test_two_settings_answer_side_by_side(page: Browser, live: Live) -> None:
     page.click("#compare")
-    page.script(SLIDE, A, {"exit_threshold": 1})
+    page.script(SLIDE, A, {"exit_threshold": 1, "exit_mode": "skip"})
     page.script(SLIDE, B, {"exit_threshold": 0.2})
     ask(page, HARD)
     means = []
     for pane, threshold in ((A, 1), (B, 0.2)):
-        answer = asked_of_api(live, HARD, exit_threshold=threshold)
+        answer = asked_of_api(live, HARD, exit_threshold=threshold, exit_mode="skip")
         assert [token["depth"] for token in page.script(TOKENS, pane)] == answer.choices[0].depths
         means.append(page.text(f"{pane} [data-value=mean]"))
         assert means[-1] == f"{answer.usage.depth['mean']:.2f}"
@@ -145,6 +145,29 @@ def test_two_settings_answer_side_by_side(page: Browser, live: Live) -> None:
         counted = {d: int(n) for d, n in re.findall(r"depth (\d): (\d+)", told)}
         assert counted == answer.usage.depth["histogram"]
     assert float(means[0]) == LOOPS > float(means[1])
+
+
+def test_lossless_is_offered_and_a_draft_that_was_taken_back_is_shown(
+    page: Browser, live: Live
+) -> None:
+    lossless = {"exit_threshold": 0, "exit_mode": "lossless"}
+    page.script(SLIDE, A, lossless)
+    ask(page, HARD)
+    answer = asked_of_api(live, HARD, return_drafts=True, **lossless)
+    choice, depth = answer.choices[0], answer.usage.depth
+    drafted = zip(choice.drafts, choice.depths, strict=True)
+    taken_back = [draft for draft, depth in drafted if draft not in (0, depth)]
+    assert taken_back, "every draft of loop 1 was right"
+    marked = (
+        f"return [...document.querySelectorAll('{A} [data-draft]')].map((t) => t.dataset.draft)"
+    )
+    assert page.script(marked) == [str(draft) for draft in taken_back]
+    told = f"{depth['drafts_right']} of {depth['drafts_made']}"
+    assert page.text(f"{A} [data-value=drafts]") == told
+    page.hover(f"{A} [data-draft]")
+    page.until("hovers", "#inspector", lambda text: "another token, taken back" in text)
+    page.script(SLIDE, A, {"exit_threshold": 1})
+    assert page.text(f"{A} .sliders b") == "server's rule"
 
 
 def test_a_preset_is_asked_for_by_name_and_a_conversation_goes_on(page: Browser) -> None:

@@ -21,8 +21,8 @@ export async function getDepth(key) {
 /**
  * Streams one chat answer as steps `{tokens, content, usage}`.
  *
- * A token is `{text, probability, depth, cdf}`; `cdf` is null if the server sent none. `usage` is
- * set on the last step. Throws ServerError, and an AbortError once `signal` is aborted.
+ * A token is `{text, probability, depth, draft, cdf}`; `draft` is the loop it was drafted at, 0 if
+ * it was not, and `cdf` is null if the server sent none. `usage` is set on the last step. Throws ServerError, and an AbortError once `signal` is aborted.
  */
 export async function* chat({ model, messages, depth, key, signal }) {
   const body = {
@@ -34,6 +34,7 @@ export async function* chat({ model, messages, depth, key, signal }) {
     stream_options: { include_usage: true },
     logprobs: true,
     return_depths: true,
+    return_drafts: true,
     return_exit_cdf: true,
   };
   const response = await request("v1/chat/completions", key, {
@@ -54,12 +55,13 @@ export async function* chat({ model, messages, depth, key, signal }) {
 }
 
 /** The tokens of a stream chunk. A parser may hold their text back, but never their logprobs. */
-function tokensOf({ depths = [], exit_cdf: cdfs, logprobs }) {
+function tokensOf({ depths = [], drafts, exit_cdf: cdfs, logprobs }) {
   const entries = logprobs?.content ?? [];
   return depths.map((depth, i) => ({
     text: entries[i]?.token ?? "",
     probability: entries[i] ? Math.exp(entries[i].logprob) : null,
     depth,
+    draft: drafts?.[i] ?? 0,
     cdf: cdfs?.[i] ?? null,
   }));
 }

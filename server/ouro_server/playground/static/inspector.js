@@ -1,6 +1,6 @@
 // Shows how a token left the loop, for the token under the pointer or the keyboard's focus.
 
-import { factsOf, shade } from "./tokens.js";
+import { factsOf, shade, takenBack } from "./tokens.js";
 
 const GRACE_MS = 150;
 const STEPS = new Map([["ArrowRight", 1], ["ArrowDown", 1], ["ArrowLeft", -1], ["ArrowUp", -1]]);
@@ -75,11 +75,16 @@ export class Inspector {
   }
 }
 
-function describe({ text, probability, depth, cdf, loops, threshold }) {
+function describe(token) {
+  const { text, probability, depth, draft, cdf, loops, threshold } = token;
   const head = make("p", "inspected");
   head.append(make("code", "", JSON.stringify(text)));
   const facts = make("p", "", `Depth ${depth} of ${loops}`);
   if (probability !== null) facts.append(` · probability ${percent(probability)}`);
+  if (draft) {
+    const fate = takenBack(token) ? "another token, taken back" : "confirmed";
+    facts.append(` · drafted at loop ${draft}: ${fate}`);
+  }
   if (!cdf) return [head, facts, make("p", "faint", "The server sent no gate values.")];
   const caption = make("p", "faint", `Chance to have left; line: threshold ${threshold}`);
   const rows = make("ol", "cdf");

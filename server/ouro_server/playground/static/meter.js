@@ -48,6 +48,7 @@ export class Meter {
   finish({ depth }) {
     const all = depth.loops_run + depth.loops_skipped;
     if (all) this.#set("skipped", `${Math.round((100 * depth.loops_skipped) / all)} %`);
+    if (depth.drafts_made) this.#set("drafts", `${depth.drafts_right} of ${depth.drafts_made}`);
   }
 
   /** The answer in a sentence. */

@@ -1,6 +1,7 @@
 // One answer's depth setting: preset buttons and sliders that always show what will apply.
 
-const CONTROLS = ["exit_threshold", "min_loops", "max_loops"];
+const CONTROLS = ["exit_threshold", "min_loops", "max_loops", "exit_mode"];
+const RULE = "server's rule";
 const DEFAULT = "default";
 const CUSTOM = "custom";
 
@@ -14,6 +15,7 @@ export class Settings {
     );
     fieldset.querySelector("legend").textContent = `Depth of answer ${name}`;
     for (const control of ["min_loops", "max_loops"]) this.inputs[control].max = depth.loops;
+    this.inputs.exit_mode.append(...depth.modes.map((mode) => new Option(mode, mode)));
 
     const row = fieldset.querySelector(".presets");
     row.setAttribute("aria-label", `Preset of answer ${name}`);
@@ -44,11 +46,18 @@ export class Settings {
   get fields() {
     if (this.choice === DEFAULT) return {};
     if (this.choice !== CUSTOM) return { depth_preset: this.choice };
-    return Object.fromEntries(CONTROLS.map((control) => [control, this.value(control)]));
+    const given = CONTROLS.filter((control) => control !== "exit_threshold" || !this.#ruled);
+    return Object.fromEntries(given.map((control) => [control, this.value(control)]));
   }
 
   value(control) {
-    return this.inputs[control].valueAsNumber;
+    const input = this.inputs[control];
+    return input.type === "range" ? input.valueAsNumber : input.value;
+  }
+
+  /** Whether the server is left to say where to draft: in lossless, at the threshold's end. */
+  get #ruled() {
+    return this.value("exit_mode") === "lossless" && this.value("exit_threshold") === 1;
   }
 
   #radio(name, preset) {
@@ -75,8 +84,11 @@ export class Settings {
   #show(values) {
     for (const [control, input] of Object.entries(this.inputs)) {
       if (values[control] != null) input.value = values[control];
-      const shown = control === "exit_threshold" ? this.value(control).toFixed(2) : input.value;
-      input.parentElement.querySelector("b").textContent = shown;
+      const told = input.parentElement.querySelector("b");
+      if (told) told.textContent = input.value;
     }
+    const threshold = this.value("exit_threshold").toFixed(2);
+    this.inputs.exit_threshold.parentElement.querySelector("b").textContent =
+      this.#ruled ? RULE : threshold;
   }
 }

@@ -3,9 +3,14 @@
 const SPECIAL = /^<[|/]?\w[^\s]*>$/;
 const facts = new WeakMap();
 
-/** What is known of a token element: `{text, probability, depth, cdf, loops, threshold}`. */
+/** What is known of a token element: `{text, probability, depth, draft, cdf, loops, threshold}`. */
 export function factsOf(element) {
   return facts.get(element);
+}
+
+/** Whether another token was drafted in this one's place, which the last loop took back. */
+export function takenBack({ draft, depth }) {
+  return draft > 0 && draft !== depth;
 }
 
 /** Where depth lies between 1 and `loops`, as the colour scale wants it: 0 to 1. */
@@ -20,6 +25,7 @@ export function tokenNodes(token) {
   element.className = "token";
   element.textContent = shown;
   element.dataset.depth = token.depth;
+  if (takenBack(token)) element.dataset.draft = token.draft;
   element.tabIndex = -1;
   element.setAttribute("role", "button");
   element.setAttribute("aria-label", label(token));
@@ -42,6 +48,8 @@ function split(text) {
   return ["", text || "·", ""];
 }
 
-function label({ text, depth, loops }) {
-  return `${text.trim() || JSON.stringify(text)}, depth ${depth} of ${loops}`;
+function label(token) {
+  const { text, draft, depth, loops } = token;
+  const before = takenBack(token) ? `, a draft of loop ${draft} taken back` : "";
+  return `${text.trim() || JSON.stringify(text)}, depth ${depth} of ${loops}${before}`;
 }
