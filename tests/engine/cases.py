@@ -44,7 +44,7 @@ class Case:
     def depth_fields(self) -> dict[str, Any]:
         """The depth controls of this case, as a request states them (`shared` is not served)."""
         if self.mode == "full":
-            return {"exit_threshold": 1.0}
+            return {"exit_threshold": 1.0, "exit_mode": "skip"}
         return {"exit_threshold": self.threshold, "exit_mode": self.mode}
 
 

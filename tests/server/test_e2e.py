@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from ouro_server.checkpoint import shipped
-from tests.server.asking import ASK, FULL, chat, check
+from tests.server.asking import ASK, DEFAULT, FULL, chat, check
 from tests.server.live import LOOPS, Live
 
 pytestmark = pytest.mark.slow
@@ -28,9 +28,24 @@ def test_chat_answers_with_depths(live: Live, depth: dict[str, Any]) -> None:
 
 
 def test_depths_come_only_when_asked_for(live: Live) -> None:
-    answer = live.client.chat.completions.create(model=live.model, messages=ASK, max_tokens=4)
+    answer = live.client.chat.completions.create(
+        model=live.model, messages=ASK, max_tokens=4, extra_body=FULL
+    )
     assert "depths" not in answer.choices[0].model_dump()
     assert answer.usage.depth["loops_run"] == LOOPS * answer.usage.completion_tokens
+
+
+def test_a_request_that_says_nothing_gets_the_full_depth_answer_with_drafts(live: Live) -> None:
+    hard = [{"role": "user", "content": "What is 904821 + 583397?"}]
+    drafted = 0
+    for fields in ({}, {"n": 3, "temperature": 1.0, "seed": 5}, {"logprobs": True}):
+        default, full = (chat(live, depth, hard, **fields) for depth in (DEFAULT, FULL))
+        for one, other in zip(default.choices, full.choices, strict=True):
+            assert one.message.content == other.message.content
+            assert one.finish_reason == other.finish_reason
+        drafted += default.usage.depth["drafts_right"]
+        assert full.usage.depth["drafts_made"] == 0
+    assert drafted > 0
 
 
 def test_the_gates_cdf_is_as_long_as_the_depth_and_the_same_in_a_stream(

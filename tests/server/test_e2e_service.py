@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from tests.server.app import BODIES
-from tests.server.asking import ASK, EARLY, FULL, chat
+from tests.server.asking import ASK, DEFAULT, EARLY, FULL, chat
 from tests.server.live import KEY, LOOPS, ORIGIN, Live
 from tests.server.test_depth_fields import BAD
 
@@ -76,7 +76,7 @@ def test_metrics_agree_with_the_sum_of_all_usage(live: Live) -> None:
     before = live.metrics()
     total: Counter[str] = Counter()
     by_depth: Counter[str] = Counter()
-    for depth in (FULL, EARLY, {"exit_threshold": 0.0}):
+    for depth in (DEFAULT, FULL, EARLY):
         for fields in ({}, {"n": 3, "temperature": 1.0}, {"logprobs": True}):
             usage = chat(live, depth, **fields).usage
             total["tokens"] += usage.completion_tokens
@@ -91,7 +91,8 @@ def test_metrics_agree_with_the_sum_of_all_usage(live: Live) -> None:
 
     assert grown("ouro_loops_run_total") == total["run"]
     assert grown("ouro_loops_skipped_total") == total["skipped"]
-    assert total["run"] + total["skipped"] == LOOPS * total["tokens"]
+    # What was dropped with a wrong draft was run as well.
+    assert total["run"] + total["skipped"] >= LOOPS * total["tokens"]
     assert grown("vllm:generation_tokens_total") == total["tokens"]
     for loop in range(1, LOOPS + 1):
         assert grown("ouro_tokens_total", depth=str(loop)) == by_depth[str(loop)]
