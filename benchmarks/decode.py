@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engines import ROOT, Engine, has_bfloat16, machine, worker_cores
+from benchmarks.lossless import FULL, measure_lossless
 from benchmarks.random_checkpoint import PRESETS, write_checkpoint
 from benchmarks.report import print_batches, print_checks, print_extras, print_profiles
 from benchmarks.workload import agreement, bound, depth_lists, fit_line, prompts, reachable
@@ -27,7 +28,6 @@ MINI = ROOT / "ouro_runtime" / "checkpoints" / "ouro-mini"
 GOLDEN = ROOT / "tests" / "golden" / "t4-mha"
 RESULTS = ROOT / "benchmarks" / "results"
 MEANS = (4.0, 2.5, 1.5)
-FULL = {"exit_threshold": 1.0, "exit_mode": "skip"}
 PROMPT = 8
 PREFILL = 64
 LOOPS = 4
@@ -292,6 +292,11 @@ def main() -> None:
         }
         if not options.only_http:
             result |= measure(options, model, dtype)
+            if options.model == "mid" and not options.prefill:
+                cores = worker_cores(options.threads)
+                result["lossless"] = measure_lossless(
+                    Path(scratch) / "lossless", dtype, options.rounds, cores
+                )
         if options.http or options.only_http:
             from benchmarks.http_clients import measure_http
 

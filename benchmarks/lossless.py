@@ -27,10 +27,14 @@ FULL = {"exit_threshold": 1.0, "exit_mode": "skip"}
 RULE = {"exit_mode": "lossless"}
 LATER = {"exit_mode": "lossless", "min_loops": 2}
 FIXED = {depth: FULL | {"max_loops": depth} for depth in (1, 2)}
-MODELS = {"mid": {"lossless": RULE}, "mid-settled": {"lossless": RULE, "from loop 2": LATER}}
+MODELS: dict[str, dict[str, dict[str, Any]]] = {
+    "mid": {"lossless": RULE},
+    "mid-settled": {"lossless": RULE, "from loop 2": LATER},
+}
 """Checkpoints, and what is measured on each beside full depth."""
 
 LOOPS, PROMPT = 4, 8
+BATCHES = (1, 8, 32)
 RESULTS = ROOT / "benchmarks" / "results" / "lossless.json"
 
 
@@ -126,11 +130,11 @@ def measure_lossless(
     scratch: Path,
     dtype: str,
     rounds: int,
-    batches: list[int],
     cores: list[int],
+    batches: Sequence[int] = BATCHES,
     models: Sequence[str] = tuple(MODELS),
 ) -> dict[str, Any]:
-    """The checkpoints named, see the top of this file."""
+    """The checkpoints named, see the top of this file; they are written to `scratch`."""
     result: dict[str, Any] = {"dtype": dtype}
     for name in models:
         modes = MODELS[name]
@@ -179,7 +183,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--threads", type=int, help="of the engine (default: all cores but one)")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -187,7 +191,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         cores = worker_cores(options.threads)
         result = measure_lossless(
-            Path(scratch), dtype, options.rounds, options.batches, cores, options.models
+            Path(scratch), dtype, options.rounds, cores, options.batches, options.models
         )
     options.output.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {options.output}")
