@@ -22,7 +22,7 @@ THRESHOLDS = (0.9, 0.7, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0
 
 
 def load() -> tuple[tuple[float, ...], np.ndarray]:
-    """The thresholds from 1 down, and whether each lost each answer: bool [thresholds, problems]."""
+    """Thresholds from 1 down, and whether each lost each answer: bool [thresholds, problems]."""
     data = json.loads(FILE.read_text())
     rows = [np.frombuffer(bytes.fromhex(text), np.uint8) for text in data["lost"].values()]
     lost = np.unpackbits(np.stack(rows), axis=1, count=data["problems"]).astype(bool)
