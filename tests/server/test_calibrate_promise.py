@@ -17,7 +17,7 @@ from tests.server.calibration_pool import load
 
 DRAWS = 500
 SLACK = 0.001
-"""Chance that a procedure which breaks its promise exactly as often as allowed fails a test here."""
+"""Chance that what breaks its promise exactly as often as allowed fails a test here."""
 
 THRESHOLDS, LOST = load()
 TRUE_LOSS = dict(zip(THRESHOLDS, LOST.mean(1), strict=True))

@@ -84,10 +84,9 @@ def parse(text: str, line: int) -> Question:
             raise CalibrationError(f"unknown field {name!r:.60}; known are {', '.join(FIELDS)}")
     if ("prompt" in entry) == ("messages" in entry):
         raise CalibrationError("prompt or messages must be there, one of them")
-    prompt, messages = entry.get("prompt"), ()
-    if "messages" in entry:
-        messages = _messages(entry["messages"])
-    elif not isinstance(prompt, str) or not prompt:
+    prompt = entry.get("prompt")
+    messages = _messages(entry["messages"]) if "messages" in entry else ()
+    if not messages and not (isinstance(prompt, str) and prompt):
         raise CalibrationError(f"prompt must be text, not empty, got {_shown(prompt)}")
     return Question(line, prompt, messages, _expected(entry))
 
