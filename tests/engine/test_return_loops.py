@@ -42,10 +42,14 @@ def llm(checkpoint: str) -> Iterator[LLM]:
 
 
 def ask(
-    llm: LLM, prompts: Sequence[Sequence[int]], asked: Sequence[dict[str, Any]], **options: Any
+    llm: LLM,
+    prompts: Sequence[Sequence[int]],
+    asked: Sequence[dict[str, Any]],
+    max_tokens: int = 12,
+    **options: Any,
 ) -> list[CompletionOutput]:
     """A batch of greedy requests whose `extra_args` are `asked`."""
-    params = [greedy(options.pop("max_tokens", 12), extra, **options) for extra in asked]
+    params = [greedy(max_tokens, extra, **options) for extra in asked]
     inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
     outputs = [answer.outputs[0] for answer in llm.generate(inputs, params, use_tqdm=False)]
     assert_idle(llm)
