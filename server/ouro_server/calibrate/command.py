@@ -111,7 +111,8 @@ def finish(
     content = presets.content(options.presets, promises, len(questions), loops)
     PresetBook.parse(content, loops)
     presets.write(file, content, f"{facts.model}, {facts.questions} questions")
-    _say(f"wrote {out / 'report.md'} and {file}: ouro-serve {options.model} --presets {file}")
+    served = "" if options.model == checkpoint.SHIPPED_NAME else f"{options.model} "
+    _say(f"wrote {out / 'report.md'} and {file}: ouro-serve {served}--presets {file}")
     return 0
 
 

@@ -8,7 +8,9 @@ from ouro_server.calibrate.choose import Point
 from ouro_server.calibrate.presets import Promise
 
 WIDTH, HEIGHT = 720, 420
-LEFT, RIGHT, TOP, BOTTOM = 70, 20, 30, 50
+LEFT, RIGHT, TOP, BOTTOM = 70, 50, 30, 50
+APART = 26
+"""Pixels between two labels; a point that is nearer to another one has none."""
 COLOURS = ("#2d8f64", "#8a4fbf")
 """By mode, in the plan's order."""
 
@@ -34,21 +36,17 @@ def draw(points: Mapping[str, Sequence[Point]], promises: Sequence[Promise], loo
     """An SVG document; a point is filled where a promise covers it."""
     bounds = {p.mode: p.choice.bounds for p in promises}
     every = [b for of_mode in bounds.values() for b in of_mode] + [p.choice.loss for p in promises]
-    axes = Axes(loops, min(0.09, *every) / 2)
+    axes = Axes(loops, min(0.09, *every) / 4)
     parts = _frame(axes)
     for loss in sorted({promise.choice.loss for promise in promises}):
         y = axes.y(loss)
         parts.append(_line(LEFT, y, WIDTH - RIGHT, y, "#c0392b", "6 4"))
         parts.append(_text(WIDTH - RIGHT - 4, y - 5, f"promise {100 * loss:g} %", "end", "#c0392b"))
-    for colour, (mode, seen) in zip(COLOURS, points.items(), strict=False):
-        floor = min(
-            (p.choice.chosen.threshold for p in promises if p.mode == mode and p.choice.chosen),
-            default=math.inf,
-        )
-        for point, bound in zip(seen, bounds[mode], strict=True):
-            parts += _mark(axes, point, bound, colour, filled=point.threshold >= floor)
-        place = list(points).index(mode)
+    for place, (mode, seen) in enumerate(points.items()):
+        chosen = [p.choice.chosen for p in promises if p.mode == mode and p.choice.chosen]
+        colour = COLOURS[place]
         parts.append(_text(LEFT + 90 * place, TOP - 12, mode, "start", colour))
+        parts += _curve(axes, seen, bounds[mode], chosen, colour)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
         f'font-family="sans-serif" font-size="12">\n'
@@ -65,7 +63,8 @@ def _frame(axes: Axes) -> list[str]:
         x = axes.x(depth)
         parts += [_line(x, TOP, x, foot, "#dddddd"), _text(x, foot + 18, str(depth), "middle")]
     for power in range(axes.decades, 1):
-        y, label = axes.y(10.0**power), f"{10.0 ** (power + 2):g}"
+        y = axes.y(10.0**power)
+        label = "0" if power == axes.decades else f"{10.0 ** (power + 2):g}"
         parts += [_line(LEFT, y, WIDTH - RIGHT, y, "#dddddd"), _text(LEFT - 8, y + 4, label, "end")]
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(_text(middle, HEIGHT - 12, "mean depth (label: threshold)", "middle"))
@@ -74,15 +73,30 @@ def _frame(axes: Axes) -> list[str]:
     return parts
 
 
-def _mark(axes: Axes, point: Point, bound: float, colour: str, filled: bool) -> list[str]:
-    x, y, top = axes.x(point.mean_depth), axes.y(point.loss), axes.y(bound)
-    fill = colour if filled else "white"
-    return [
-        _line(x, y, x, top, colour),
-        _line(x - 4, top, x + 4, top, colour),
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}" stroke="{colour}"/>',
-        _text(x + 6, top - 4, f"{point.threshold:g}", "start", colour),
-    ]
+def _curve(
+    axes: Axes,
+    points: Sequence[Point],
+    bounds: Sequence[float],
+    chosen: Sequence[Point],
+    colour: str,
+) -> list[str]:
+    """One mode's points. Those that were chosen are labelled before the others."""
+    floor = min((point.threshold for point in chosen), default=math.inf)
+    parts: list[str] = []
+    labelled: list[float] = []
+    order = sorted(zip(points, bounds, strict=True), key=lambda pair: pair[0] not in chosen)
+    for point, bound in order:
+        x, y, top = axes.x(point.mean_depth), axes.y(point.loss), axes.y(bound)
+        fill = colour if point.threshold >= floor else "white"
+        parts += [
+            _line(x, y, x, top, colour),
+            _line(x - 4, top, x + 4, top, colour),
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}" stroke="{colour}"/>',
+        ]
+        if all(abs(x - other) >= APART for other in labelled):
+            labelled.append(x)
+            parts.append(_text(x + 6, top - 4, f"{point.threshold:g}", "start", colour))
+    return parts
 
 
 def _line(x: float, y: float, to_x: float, to_y: float, colour: str, dashes: str = "") -> str:
