@@ -13,6 +13,7 @@ import pytest
 from ouro_server import checkpoint, cli
 from ouro_server.calibrate import command
 from ouro_server.calibrate.plan import NO_PROMISE
+from ouro_server.calibrate.state import opened
 from ouro_server.presets import SHIPPED, PresetBook
 from tests.server.calibrating import LOOPS, FakeEngine
 
@@ -223,6 +224,15 @@ def test_a_file_that_is_no_state_is_refused_and_kept(
     assert calibration.run(None) == 2
     assert "line 1: not a calibration's" in capsys.readouterr().err
     assert file.read_text() == "mine\n"
+
+
+def test_two_runs_do_not_write_one_state(
+    calibration: Calibration, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calibration.out.mkdir()
+    with opened(calibration.out / "state.jsonl", {}):
+        assert calibration.run(None) == 2
+    assert "another calibration is writing to it" in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_known_by_what_is_in_its_files(tmp_path: Path) -> None:
