@@ -44,7 +44,7 @@ prompt_logprobs logprob_token_ids bad_words add_special_tokens structured_output
 request_id session_id return_tokens_as_token_ids return_token_ids routed_experts_prompt_start
 return_token_offsets mm_payload return_mm_kwargs cache_salt kv_transfer_params ec_transfer_params
 vllm_xargs repetition_detection thinking_token_budget stream_interval echo depth_preset
-priority_class return_depths return_exit_cdf reasoning_effort model forced_depths
+priority_class return_depths return_exit_cdf return_loops reasoning_effort model forced_depths
 """.split()
 _CHAT = """
 messages top_logprobs max_completion_tokens tools tool_choice include_reasoning parallel_tool_calls

@@ -25,6 +25,11 @@ DRAFTS = "drafts"
 """The server's setting that turns drafts off."""
 
 
+RETURN_LOOPS = "return_loops"
+MOST_GUESSES = 20
+"""Likeliest tokens a loop that a request may ask for: vLLM's own limit of log-probabilities."""
+
+
 class DepthError(ValueError):
     """A depth control that cannot be honoured.
 
@@ -362,6 +367,18 @@ def check_loops(param: str, value: Any, loops: int) -> int:
     """`value` as a number of loops; DepthError unless an integer from 1 to `loops`."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= loops:
         raise DepthError(param, f"{param} must be an integer from 1 to {loops}, got {value!r}")
+    return value
+
+
+def check_guesses(value: Any) -> int:
+    """`value` as a request's `return_loops`; DepthError unless an integer from 1 to
+    `MOST_GUESSES`."""
+    if not _is_integer(value) or not 1 <= value <= MOST_GUESSES:
+        raise DepthError(
+            RETURN_LOOPS,
+            f"{RETURN_LOOPS} must be an integer from 1 to {MOST_GUESSES} (likeliest tokens a "
+            f"loop), got {value!r}",
+        )
     return value
 
 

@@ -12,7 +12,14 @@ from typing import Any
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
-from ouro_runtime.config import DEPTH_FIELDS, FORCED, DepthError, LoopConfig
+from ouro_runtime.config import (
+    DEPTH_FIELDS,
+    FORCED,
+    RETURN_LOOPS,
+    DepthError,
+    LoopConfig,
+    check_guesses,
+)
 from ouro_runtime.engine.pin import SeamError
 
 SAMPLING = {
@@ -55,18 +62,21 @@ REQUEST = {
 `config_hook.refuse`), or by `check`."""
 
 TRANSFER = ("kv_transfer_params", "ec_transfer_params")
-OWN = (*DEPTH_FIELDS, FORCED)
+OWN = (*DEPTH_FIELDS, FORCED, RETURN_LOOPS)
 VLLMS = ("kv_cache_report_mode",)
 """Keys of `extra_args`: for connectors, ours, and what vLLM's prefix cache reads."""
 
 
-def check(params: Any, config: LoopConfig, *, resumable: bool, open_args: bool) -> None:
+def check(
+    params: Any, config: LoopConfig, *, resumable: bool, open_args: bool, guesses: bool
+) -> None:
     """Refuse what a request asks for and would not get.
 
     Args:
         params: vLLM's `SamplingParams`. config: the model's loops.
         resumable: whether the prompt may grow while the request runs.
         open_args: whether a logits processor of the user's may read other keys of `extra_args`.
+        guesses: whether the engine can say what each loop would have said.
 
     Raises:
         DepthError: naming the field.
@@ -84,6 +94,10 @@ def check(params: Any, config: LoopConfig, *, resumable: bool, open_args: bool) 
         if name not in (*OWN, *VLLMS) and not open_args:
             known = ", ".join(OWN)
             raise DepthError(str(name), f"unknown field {name!r} in extra_args; known are {known}")
+    if extra.get(RETURN_LOOPS) is not None:
+        check_guesses(extra[RETURN_LOOPS])
+        if not guesses:
+            raise DepthError(RETURN_LOOPS, f"{RETURN_LOOPS} is not supported on CUDA yet")
     config.request(extra)
 
 

@@ -6,8 +6,8 @@ already trims it to the tokens kept when a stop string is found. What a step's p
 an output for a request id that nobody has; vLLM drops it, we read it on the way.
 
 In the API process `install()` makes every `CompletionOutput` carry `depths`, `loops_run`, `drafts`,
-`drafts_dropped` and `exit_cdf`, aligned with `token_ids`, and `IterationStats` carry `ouro`, a
-`DepthReport`, for the metrics.
+`drafts_dropped` and `exit_cdf`, aligned with `token_ids`, and `loops`, which is empty unless the
+request asked for it; and `IterationStats` carry `ouro`, a `DepthReport`, for the metrics.
 """
 
 from __future__ import annotations
@@ -19,19 +19,24 @@ from typing import Any
 
 import numpy as np
 from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
 from ouro_runtime.config import LoopConfig
-from ouro_runtime.engine import features
+from ouro_runtime.engine import features, guesses
 from ouro_runtime.engine.pin import SeamError, check_parameters
 from ouro_runtime.engine.step_output import COUNTS, unpack_cdf
 from ouro_runtime.pace import Pace
 from ouro_runtime.reports import PARTS, Delivery, DepthReport, Finished, StepReport
 
 REPORT_ID = "ouro-step-report"
+OF_TOKENS = (*COUNTS, "exit_cdf", "loops")
+"""What a `CompletionOutput` says of its tokens, beside their ids."""
 
 
 def pack_report(report: StepReport) -> EngineCoreOutput:
@@ -74,6 +79,9 @@ def install() -> None:
     check_parameters(RequestOutput.add, "next_output", "aggregate")
     if "routed_experts_chunks" not in RequestState.__init__.__code__.co_names:
         raise SeamError("RequestState no longer collects routed_experts_chunks")
+    check_parameters(convert_ids_list_to_tokens, "tokenizer", "token_ids")
+    if "tokenizer" not in LogprobsProcessor.__dataclass_fields__:
+        raise SeamError("LogprobsProcessor no longer has a tokenizer")
     _validate_requests()
     _read_reports()
     _attach_depths()
@@ -94,6 +102,7 @@ def _validate_requests() -> None:
                 LoopConfig.of(self.vllm_config),
                 resumable=bool(given.get("resumable")),
                 open_args=bool(self.vllm_config.model_config.logits_processors),
+                guesses=current_platform.is_cpu(),
             )
         return process_inputs(self, request_id, prompt, params, *a, **k)
 
@@ -152,13 +161,15 @@ def _read_reports() -> None:
 
 @dataclass
 class _Notes:
-    """What is known of a request's tokens so far, beside their ids; one entry per token."""
+    """What is known of a request's tokens so far, beside their ids; one entry per token, in `loops`
+    none unless the request asked."""
 
     depths: list[int] = field(default_factory=list)
     loops_run: list[int] = field(default_factory=list)
     drafts: list[int] = field(default_factory=list)
     drafts_dropped: list[int] = field(default_factory=list)
     exit_cdf: list[list[float]] = field(default_factory=list)
+    loops: list[list[list[dict[str, Any]]]] = field(default_factory=list)
     pace: Pace = field(default_factory=Pace)
 
 
@@ -171,8 +182,22 @@ def _notes(state: Any) -> _Notes:
         for place, name in enumerate(COUNTS):
             getattr(notes, name).extend(packed[:, place].tolist())
         notes.exit_cdf += unpack_cdf(packed)
+        notes.loops += [
+            [_with_texts(state, loop) for loop in token] for token in guesses.unpack(packed)
+        ]
     state.routed_experts_chunks = []
     return notes
+
+
+def _with_texts(state: Any, pairs: list[tuple[int, float]]) -> list[dict[str, Any]]:
+    """A loop's guesses, likeliest first; texts are None without a tokenizer."""
+    tokenizer = state.logprobs_processor.tokenizer
+    ids = [token for token, _ in pairs]
+    texts = [None] * len(ids) if tokenizer is None else convert_ids_list_to_tokens(tokenizer, ids)
+    return [
+        {"token": text, "token_id": token, "logprob": logprob}
+        for text, (token, logprob) in zip(texts, pairs, strict=True)
+    ]
 
 
 def _attach_depths() -> None:
@@ -185,7 +210,7 @@ def _attach_depths() -> None:
         start = 0
         if self.output_kind == RequestOutputKind.DELTA:
             start = len(notes.depths) - len(output.token_ids)
-        for name in (*COUNTS, "exit_cdf"):
+        for name in OF_TOKENS:
             setattr(output, name, getattr(notes, name)[start:])
         return output
 
@@ -202,7 +227,7 @@ def _merge_depths() -> None:
             for newer in next_output.outputs:
                 older: CompletionOutput | None = held.get(newer.index)
                 if older is not None and hasattr(older, "depths"):
-                    for name in (*COUNTS, "exit_cdf"):
+                    for name in OF_TOKENS:
                         setattr(older, name, getattr(older, name) + getattr(newer, name))
         add(self, next_output, aggregate)
 

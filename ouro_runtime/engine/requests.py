@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ouro_runtime.config import LOSSLESS, ExitParams, LoopConfig
+from ouro_runtime.config import LOSSLESS, RETURN_LOOPS, ExitParams, LoopConfig
+from ouro_runtime.engine.guesses import Guesses
 from ouro_runtime.loop.draws import Draws
 from ouro_runtime.loop.limits import last_readout
 from ouro_runtime.loop.rows import Carried, Work
@@ -23,6 +24,7 @@ class LoopRequest:
         depths: depth of each token read out so far. carried: rows left over from the last step.
         slot: where the CPU runner accounts for its stand-ins (`cache/standin.py`).
         draws: the random numbers of its drafts (`cpu/sampler.py`).
+        guesses: what each loop would have said, if the request asked (CPU).
         budget: what vLLM counts of its thoughts (`cpu/row_state.py`).
     """
 
@@ -35,6 +37,7 @@ class LoopRequest:
     carried: list[Carried] = field(default_factory=list)
     slot: int = -1
     draws: Draws = field(default_factory=Draws)
+    guesses: Guesses | None = None
     budget: dict[str, Any] | None = None
 
     @classmethod
@@ -43,7 +46,9 @@ class LoopRequest:
         stops = set(sampling.stop_token_ids or ())
         if sampling.eos_token_id is not None:
             stops.add(sampling.eos_token_id)
+        most = (sampling.extra_args or {}).get(RETURN_LOOPS)
         return cls(
+            guesses=None if most is None else Guesses(most, config.loops),
             params=config.request(sampling.extra_args),
             stops=frozenset(stops),
             max_tokens=sampling.max_tokens,

@@ -19,6 +19,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve until stopped. Exit status 2, and one line, for what cannot be served; 1 for an engine
     that dies later."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["calibrate"]:
+        from ouro_server.calibrate import command as calibrate
+
+        return calibrate.main(argv[1:])
     parser = settings.depth_parser()
     if any(arg in ("-h", "--help") or arg.startswith("--help=") for arg in argv):
         return _help(argv)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ouro_runtime.config import DEPTH_FIELDS, DepthError
+from ouro_runtime.config import DEPTH_FIELDS, RETURN_LOOPS, DepthError, check_guesses
 from ouro_runtime.engine.features import VLLMS
 from ouro_server.resolve import EFFORT, FORCED, PRESET, PRIORITY, Resolved, resolve
 from ouro_server.served import ServedDepth
@@ -17,8 +17,9 @@ RETURN_FIELDS = {
     "return_depths": "depths",
     "return_drafts": "drafts",
     "return_exit_cdf": "exit_cdf",
+    RETURN_LOOPS: "loops",
 }
-"""Flags that ask for something of every token, and where a choice of the answer has it."""
+"""Fields that ask for something of every token, and where a choice of the answer has it."""
 
 REQUEST_FIELDS = (*DEPTH_FIELDS, PRESET, PRIORITY, *RETURN_FIELDS)
 
@@ -135,17 +136,19 @@ def _read(
     )
 
 
-def _flags(found: dict[str, Any], endpoint: Endpoint) -> dict[str, bool]:
-    """The flags of `RETURN_FIELDS` that are true, taken out of `found`."""
-    wanted = {}
+def _flags(found: dict[str, Any], endpoint: Endpoint) -> dict[str, Any]:
+    """The fields of `RETURN_FIELDS` that ask for something, taken out of `found`."""
+    wanted: dict[str, Any] = {}
     for name in RETURN_FIELDS:
         flag = found.pop(name, False)
-        if not isinstance(flag, bool):
+        if name == RETURN_LOOPS and flag is not False:
+            flag = check_guesses(flag)
+        elif not isinstance(flag, bool):
             raise DepthError(name, f"{name} must be true or false, got {flag!r}")
         if flag and not endpoint.returns:
             raise DepthError(name, f"{name} is not supported on this endpoint")
         if flag:
-            wanted[name] = True
+            wanted[name] = flag
     return wanted
 
 

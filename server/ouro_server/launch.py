@@ -15,6 +15,7 @@ from ouro_server import checkpoint, settings
 from ouro_server.cli import plain
 from ouro_server.presets import PresetBook
 from ouro_server.vllm_api import (
+    EngineArgs,
     FlexibleArgumentParser,
     ServeSubcommand,
     cli_env_setup,
@@ -77,6 +78,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.epilog = _EPILOG
     parser.set_defaults(**DEFAULTS)
     return parser
+
+
+def parse_engine(model: str, argv: Sequence[str]) -> argparse.Namespace:
+    """Options of vLLM's engine alone, without a server's."""
+    args = EngineArgs.add_cli_args(ServeParser(prog="ouro-serve")).parse_args(list(argv))
+    args.model = model
+    args.disable_log_stats = True
+    return args
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, PrivateAttr, model_validator
 
-from ouro_runtime.config import MODES
+from ouro_runtime.config import MODES, MOST_GUESSES, RETURN_LOOPS
 from ouro_server.depth import REQUEST_FIELDS, SESSION
 from ouro_server.presets import EFFORTS
 from ouro_server.resolve import Resolved
@@ -91,6 +91,8 @@ class DepthFields(DepthControls):
         params: SamplingParams = super().to_sampling_params(*args, **kwargs)  # type: ignore[misc]
         if self.resolved is not None:
             params.extra_args = {**(params.extra_args or {}), **self.resolved.controls()}
+            if (most := getattr(self, RETURN_LOOPS, None)) is not None:
+                params.extra_args[RETURN_LOOPS] = most
         return params
 
 
@@ -111,6 +113,14 @@ class ReturnFields(BaseModel):
         default=None,
         strict=True,
         description="Return `choices[i].exit_cdf`, one list of numbers per generated token.",
+    )
+    return_loops: int | None = Field(
+        default=None,
+        strict=True,
+        ge=1,
+        le=MOST_GUESSES,
+        description="Return `choices[i].loops`: for every generated token and every loop that ran, "
+        "as many of the likeliest tokens. Not on CUDA.",
     )
 
 
@@ -141,6 +151,14 @@ class DepthUsageInfo(UsageInfo):
     depth: DepthUsage | None = None
 
 
+class LoopGuess(BaseModel):
+    """A token that a loop would have said."""
+
+    token: str | None = Field(description="Its text; null without a tokenizer.")
+    token_id: int
+    logprob: float = Field(description="Before temperature, penalties and the like.")
+
+
 class ChoiceDepths(BaseModel):
     """What a choice says about depth."""
 
@@ -157,6 +175,11 @@ class ChoiceDepths(BaseModel):
         default=None,
         description="Per generated token, the gate's cumulative exit probability after each loop "
         "up to the one it was read out at; only with `return_exit_cdf`.",
+    )
+    loops: list[list[list[LoopGuess]]] | None = Field(
+        default=None,
+        description="Per generated token, per loop up to the one that had the last word, the "
+        "likeliest tokens, likeliest first; only with `return_loops`.",
     )
 
 

@@ -47,7 +47,8 @@ def depth_parser() -> argparse.ArgumentParser:
         prog="ouro-serve",
         usage="ouro-serve [MODEL] [depth options] [any option of vLLM's server]",
         description="Serve an Ouro (looped) language model over HTTP, OpenAI-compatible. MODEL is "
-        "a checkpoint folder or a Hugging Face id; without it the shipped ouro-mini is served.",
+        "a checkpoint folder or a Hugging Face id; without it the shipped ouro-mini is served.\n"
+        "`ouro-serve calibrate --help` is about finding a threshold that keeps a promise.",
         formatter_class=argparse.RawTextHelpFormatter,
         allow_abbrev=False,
         add_help=False,

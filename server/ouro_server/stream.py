@@ -23,22 +23,24 @@ class DepthLedger:
     def __init__(self, loops: int, resolved: Resolved | None = None) -> None:
         self.loops = loops
         self.resolved = resolved
-        self._waiting: dict[int, list[tuple[TokenCounts, list[float]]]] = {}
+        self._waiting: dict[int, list[tuple[TokenCounts, list[float], list]]] = {}
         self._announced: dict[int, DepthTally] = {}
 
     def note(self, choice: int, output: Any) -> None:
         """The engine delivered `output` for a choice."""
-        tokens = zip(tokens_of(output), output.exit_cdf, strict=True)
+        loops = output.loops or [[]] * len(output.exit_cdf)
+        tokens = zip(tokens_of(output), output.exit_cdf, loops, strict=True)
         self._waiting.setdefault(choice, []).extend(tokens)
 
     def announce(self, choice: int) -> dict[str, list[Any]]:
         """What a choice may say of its tokens not announced before, in order, by key."""
         waiting = self._waiting.pop(choice, [])
-        self.tally(choice).add(counts for counts, _ in waiting)
+        self.tally(choice).add(counts for counts, *_ in waiting)
         return {
-            "depths": [counts.depth for counts, _ in waiting],
-            "drafts": [counts.draft for counts, _ in waiting],
-            "exit_cdf": [cdf for _, cdf in waiting],
+            "depths": [counts.depth for counts, *_ in waiting],
+            "drafts": [counts.draft for counts, *_ in waiting],
+            "exit_cdf": [cdf for _, cdf, _ in waiting],
+            "loops": [loops for *_, loops in waiting],
         }
 
     def tally(self, choice: int) -> DepthTally:
@@ -51,7 +53,7 @@ class DepthLedger:
         for tally in self._announced.values():
             total.merge(tally)
         for waiting in self._waiting.values():
-            total.add(counts for counts, _ in waiting)
+            total.add(counts for counts, *_ in waiting)
         return total
 
 

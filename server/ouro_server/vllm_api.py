@@ -1,5 +1,9 @@
 """All that the server takes from vLLM: the one file of this package that imports it."""
 
+from argparse import Namespace
+from typing import Any
+
+from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.anthropic.protocol import AnthropicError, AnthropicStreamEvent
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.cli.serve import ServeSubcommand
@@ -52,6 +56,7 @@ __all__ = [
     "CompletionRequest",
     "CompletionResponse",
     "CompletionResponseChoice",
+    "EngineArgs",
     "EngineCoreRequest",
     "EngineDeadError",
     "ErrorResponse",
@@ -77,7 +82,15 @@ __all__ = [
     "create_error_response",
     "current_platform",
     "make_arg_parser",
+    "offline_engine",
     "responses_route",
     "validate_json_request",
     "validate_parsed_serve_args",
 ]
+
+
+def offline_engine(args: Namespace) -> Any:
+    """vLLM's `LLM` of the engine options in `args`. Imported here: a server does without."""
+    from vllm import LLM
+
+    return LLM.from_engine_args(EngineArgs.from_cli_args(args))

@@ -40,6 +40,7 @@ def output(
     made.loops_run = list(depths)
     made.drafts = [0] * len(depths)
     made.drafts_dropped = [0] * len(depths)
+    made.loops = []
     made.exit_cdf = [[0.1 * loop for loop in range(1, depth + 1)] for depth in depths]
     return made
 

@@ -44,6 +44,7 @@ BAD = [
     ("return_depths", "true"),
     ("return_exit_cdf", 1),
     ("return_exit_cdf", "true"),
+    *(("return_loops", value) for value in (0, 21, True, 2.0, "3", [1])),
     ("depth_preset", "slow"),
     ("depth_preset", 1),
     ("depth_preset", ["fast"]),
@@ -61,6 +62,7 @@ GOOD = {
     "exit_mode": "exact",
     "return_depths": True,
     "return_exit_cdf": True,
+    "return_loops": 3,
     "depth_preset": "fast",
     "priority_class": "batch",
 }
@@ -185,6 +187,17 @@ def test_controls_reach_the_engine(model: type, body: dict, arguments: tuple, ne
 
 
 @pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("model", "body", "arguments"), REQUESTS[:2])
+def test_the_wish_to_hear_every_loop_reaches_the_engine(
+    model: type, body: dict, arguments: tuple, nested: bool
+) -> None:
+    asked: dict = {"return_loops": 3}
+    asked = {"vllm_xargs": asked} if nested else asked
+    assert extra_args(model, body | asked, arguments)["return_loops"] == 3
+    assert "return_loops" not in extra_args(model, body, arguments)
+
+
+@pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(("model", "body", "arguments"), REQUESTS)
 def test_a_preset_reaches_the_engine(
     model: type, body: dict, arguments: tuple, nested: bool
@@ -222,5 +235,9 @@ def test_a_model_without_loops_is_handed_nothing(model: type, body: dict, argume
 def test_openapi_describes_every_field(model: type) -> None:
     properties = model.model_json_schema()["properties"]
     fields = [*CONTROLS, "depth_preset", "priority_class"]
-    fields += [] if model is DepthResponsesRequest else ["return_depths", "return_exit_cdf"]
+    fields += (
+        []
+        if model is DepthResponsesRequest
+        else ["return_depths", "return_exit_cdf", "return_loops"]
+    )
     assert all(properties[field]["description"] for field in fields)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -225,6 +226,16 @@ def test_closing_the_stream_closes_the_engines_generator() -> None:
 
     asyncio.run(leave_early())
     assert closed == [True]
+
+
+def test_what_each_loop_said_comes_with_the_tokens_it_is_of() -> None:
+    said = [[[{"token": "a", "token_id": place, "logprob": -0.5}]] for place in range(3)]
+    first, last = output([4, 1], "a"), output([2], "b", finish="stop")
+    first.loops, last.loops = said[:2], said[2:]
+    chunks = chat_stream([result(first), result(last)], chat(return_loops=1))
+    assert list(chain(*depths_by_choice(chunks, "loops")[0])) == said
+    unasked = chat_stream([result(output([4], "a", finish="stop"))], chat(return_depths=True))
+    assert not depths_by_choice(unasked, "loops")
 
 
 @pytest.mark.parametrize("wanted", [True, False])

@@ -73,6 +73,49 @@ def test_the_gates_cdf_is_as_long_as_the_depth_and_the_same_in_a_stream(
     assert streamed == choice.exit_cdf
 
 
+def test_what_each_loop_would_have_said_is_the_same_in_a_stream(
+    live: Live, depth: dict[str, Any]
+) -> None:
+    asked = {"return_loops": 3}
+    choice = chat(live, depth, extra_body=asked).choices[0]
+    assert [len(token) for token in choice.loops] == choice.depths
+    last = [token[-1][0] for token in choice.loops]
+    assert "".join(said["token"] for said in last).startswith(choice.message.content)
+    values = [[said["logprob"] for said in loop] for token in choice.loops for loop in token]
+    assert all(len(loop) == 3 and loop == sorted(loop, reverse=True) for loop in values)
+    streamed: list[Any] = []
+    for chunk in live.client.chat.completions.create(
+        model=live.model,
+        messages=ASK,
+        max_tokens=16,
+        temperature=0,
+        stream=True,
+        extra_body=depth | asked,
+    ):
+        for part in chunk.choices:
+            streamed += getattr(part, "loops", None) or []
+    ids = [[[said["token_id"] for said in loop] for loop in token] for token in choice.loops]
+    assert [[[said["token_id"] for said in loop] for loop in token] for token in streamed] == ids
+
+
+def test_loops_are_cut_with_the_text_at_a_stop_string(live: Live) -> None:
+    whole = live.client.completions.create(
+        model=live.model, prompt="2 + 3 =", max_tokens=8, temperature=0, logit_bias=WORD
+    )
+    stop = whole.choices[0].text[:1]
+    answer = live.client.completions.create(
+        model=live.model,
+        prompt="2 + 3 =",
+        max_tokens=8,
+        temperature=0,
+        stop=stop,
+        logit_bias=WORD,
+        extra_body={"return_loops": 1, "return_depths": True},
+    )
+    assert len(answer.choices[0].loops) == len(answer.choices[0].depths)
+    assert len(answer.choices[0].depths) == answer.usage.completion_tokens
+
+
 def test_a_threshold_of_zero_leaves_at_the_first_loop(live: Live) -> None:
     depths = chat(live, {"exit_threshold": 0}).choices[0].depths
     assert set(depths) == {1}

@@ -107,7 +107,7 @@ def test_contradictions_are_refused(served: tuple[TestClient, Seen], path: str) 
     assert not seen.requests
 
 
-@pytest.mark.parametrize("field", ["return_depths", "return_exit_cdf"])
+@pytest.mark.parametrize("field", ["return_depths", "return_exit_cdf", "return_loops"])
 def test_responses_cannot_say_anything_of_every_token(
     served: tuple[TestClient, Seen], field: str
 ) -> None:

@@ -20,11 +20,12 @@ from vllm.v1.outputs import LogprobsTensors
 from ouro_runtime.cache.pages import LoopPages
 from ouro_runtime.cache.standin import StandIns
 from ouro_runtime.engine.cpu.sampler import StepSampler
+from ouro_runtime.engine.guesses import likeliest
 from ouro_runtime.engine.requests import LoopRequest
 from ouro_runtime.engine.step_output import StepOutput, note_tokens
 from ouro_runtime.loop.executor import StepExecutor, StepResult
 from ouro_runtime.loop.planner import StepPlan
-from ouro_runtime.loop.rows import Left, Rows, Segments
+from ouro_runtime.loop.rows import HEAD, Left, Rows, Segments
 from ouro_runtime.model.cpu_attention import Cells
 from ouro_runtime.reports import PARTS, StepReport
 
@@ -53,6 +54,7 @@ class CPUStep:
         self.model, self.requests, self.sampler = model, requests, sampler
         self.pages, self.stand_ins, self.metadata_builder = pages, stand_ins, metadata_builder
         self.slots = np.array([request.slot for request in requests], np.int64)
+        self.asked = np.array([request.guesses is not None for request in requests], bool)
         self.seconds = dict.fromkeys(PARTS, 0.0)
 
     def run(
@@ -64,9 +66,13 @@ class CPUStep:
         self.guided = bool(plan.guided.any())
         self.seconds["plan"] = perf_counter() - began - sum(self.seconds.values())
         self.notes = note_tokens(self.result.readouts, len(self.requests), executor.loops)
-        for request, noted, carried in zip(
-            self.requests, self.notes, self.result.carried, strict=True
+        for index, (request, carried) in enumerate(
+            zip(self.requests, self.result.carried, strict=True)
         ):
+            noted = self.notes[index]
+            if request.guesses is not None and len(noted):
+                first = request.prompt + len(request.depths) - 1
+                self.notes[index] = request.guesses.take(first, noted)
             request.depths += noted[:, 0].tolist()
             request.carried = carried
         return self.result
@@ -143,7 +149,22 @@ class CPUStep:
             hidden, halt = self.model.model(hidden, torch.from_numpy(rows.pos))
         self.seconds["block"] -= self._cells.seconds
         self.seconds["stand_in"] += self._cells.seconds
+        if self.asked.any():
+            self._hear(hidden, rows)
         return hidden, halt
+
+    def _hear(self, hidden: torch.Tensor, rows: Rows) -> None:
+        """Keep what this pass would say of tokens that are not known yet, for who asked."""
+        places = np.nonzero(self.asked[rows.req] & (rows.stop >= HEAD))[0]
+        if not len(places):
+            return
+        logits = self.read_out(hidden.index_select(0, torch.from_numpy(places)))
+        asking = [self.requests[req].guesses for req in rows.req[places].tolist()]
+        top = likeliest(logits, max(guesses.most for guesses in asking if guesses is not None))
+        where = zip(asking, rows.pos[places].tolist(), rows.loop[places].tolist(), strict=True)
+        for (guesses, position, loop), ids, logprobs in zip(where, *top, strict=True):
+            assert guesses is not None
+            guesses.hear(position, loop, ids, logprobs)
 
     def embed(self, tokens: np.ndarray) -> torch.Tensor:
         ids, table = torch.from_numpy(tokens), self.model.model.embed_tokens
