@@ -40,8 +40,10 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+from vllm.v1.utils import APIServerProcessManager
 
 __all__ = [
+    "APIServerProcessManager",
     "AnthropicError",
     "AnthropicServingMessages",
     "AnthropicStreamEvent",
