@@ -67,8 +67,8 @@ class Drain:
         await self._told.wait()
         if self.running:
             print(
-                f"Ouro Serve stops: requests that run ({self.running}) have {grace:g} s to finish; a "
-                "second signal ends them",
+                f"Ouro Serve stops: requests that run ({self.running}) have {grace:g} s to finish; "
+                "a second signal ends them",
                 flush=True,
             )
         await _first(self._idle, self.over, within=grace)

@@ -30,19 +30,29 @@ from ouro_server.presets import SHIPPED, PresetBook
 from ouro_server.ready import announce, until_serving
 from ouro_server.routes import build_router, drop_elastic, guard_others
 from ouro_server.served import ServedDepth
-from ouro_server.serving import DepthServingChat, DepthServingCompletion, adopt, read_token_ids
+from ouro_server.serving import (
+    DepthServingBatch,
+    DepthServingChat,
+    DepthServingCompletion,
+    adopt,
+    read_token_ids,
+)
 from ouro_server.serving_messages import DepthServingMessages
 from ouro_server.serving_responses import DepthServingResponses
 from ouro_server.steering import Steering
 from ouro_server.vllm_api import BaseModelPath
 
-PARSING = (
-    "openai_serving_chat",
-    "openai_serving_chat_batch",
-    "openai_serving_responses",
-    "anthropic_serving_messages",
-)
-"""Handlers on vLLM's app state that split reasoning from the answer."""
+HANDLERS = {
+    "openai_serving_chat": DepthServingChat,
+    "openai_serving_chat_batch": DepthServingBatch,
+    "openai_serving_completion": DepthServingCompletion,
+    "openai_serving_responses": DepthServingResponses,
+    "anthropic_serving_messages": DepthServingMessages,
+}
+"""vLLM's handlers on its app's state, and what becomes of them."""
+
+PARSING = [name for name in HANDLERS if name != "openai_serving_completion"]
+"""Those that split reasoning from the answer."""
 
 
 class DepthEndpoints:
@@ -88,24 +98,21 @@ class DepthEndpoints:
         metrics.watch(served.defaults)
         steering = start_steering(engine_client, args, served, metrics)
         known = not vllm_config.model_config.logits_processors
-        served = replace(served, metrics=metrics, steering=steering, known_xargs=known)
+        served = replace(
+            served,
+            metrics=metrics,
+            steering=steering,
+            known_xargs=known,
+        )
         state.depth = served
         if steering is not None:
             # Kept on the state: the event loop holds only a weak reference to a task.
             state.steering_task = asyncio.create_task(steering.run())
         list_aliases(models, served)
         complete_requests(engine_client, served)
-        state.openai_serving_chat = adopt(state.openai_serving_chat, DepthServingChat, served)
-        state.openai_serving_completion = adopt(
-            state.openai_serving_completion, DepthServingCompletion, served
-        )
-        state.openai_serving_responses = adopt(
-            state.openai_serving_responses, DepthServingResponses, served
-        )
+        for name, handler in HANDLERS.items():
+            setattr(state, name, adopt(getattr(state, name), handler, served))
         state.openai_serving_responses.door = door
-        state.anthropic_serving_messages = adopt(
-            state.anthropic_serving_messages, DepthServingMessages, served
-        )
         for name in PARSING:
             read_token_ids(getattr(state, name))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ouro_runtime.config import LoopConfig
 from ouro_server.defaults import Defaults
@@ -21,7 +22,7 @@ class ServedDepth:
         loops: T.
         book: presets, efforts and priority classes.
         defaults: the controls in force for requests that set none.
-        aliases: MODEL@PRESET -> preset.
+        aliases: MODEL@PRESET -> preset, of the names that the model itself is served under.
         fixed: why the defaults must not be changed over HTTP; None if they may.
         metrics: where finished generations are counted, if anywhere.
         steering: the latency controller, if there is one.
@@ -38,6 +39,14 @@ class ServedDepth:
     metrics: ServerMetrics | None = None
     steering: Steering | None = None
     known_xargs: bool = True
+
+    def alias(self, model: Any) -> tuple[str, str] | None:
+        """(model, preset) of a NAME@PRESET: what vLLM is to be asked for, and what it means."""
+        if not isinstance(model, str):
+            return None
+        if model in self.aliases:
+            return model, self.aliases[model]
+        return None
 
     def count(self, resolved: Resolved | None, tally: DepthTally) -> None:
         """Count a finished generation; `resolved` is None for one that could set no depth."""

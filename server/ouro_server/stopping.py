@@ -1,5 +1,7 @@
-"""SIGTERM and SIGINT where `draining.py` does not have them: while a server starts, and in the first
-of several processes. In a start everything that was started ends, without a word.
+"""SIGTERM and SIGINT where `draining.py` does not have them.
+
+While a server starts, everything that was started ends, without a word. In the first of several API
+processes, further signals reach the others.
 
 vLLM's handler raises KeyboardInterrupt, which vLLM itself drops where it waits for the engine
 (`zmq_socket_ctx`); from there on it waits for an engine that it no longer answers.

@@ -1,14 +1,26 @@
 """All that the server takes from vLLM: the one file of this package that imports it."""
 
-from vllm.entrypoints.anthropic.protocol import AnthropicError, AnthropicStreamEvent
+from vllm.entrypoints.anthropic.api_router import create_messages as messages_route
+from vllm.entrypoints.anthropic.protocol import (
+    AnthropicError,
+    AnthropicMessagesRequest,
+    AnthropicMessagesResponse,
+    AnthropicStreamEvent,
+    AnthropicUsage,
+)
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.launchers.api_server import entry as api_server
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.openai.chat_completion.api_router import (
+    create_batch_chat_completion as batch_route,
+)
+from vllm.entrypoints.openai.chat_completion.api_router import (
     create_chat_completion as chat_route,
 )
+from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
 from vllm.entrypoints.openai.chat_completion.protocol import (
+    BatchChatCompletionRequest,
     ChatCompletionRequest,
     ChatCompletionResponse,
     ChatCompletionResponseChoice,
@@ -45,9 +57,13 @@ from vllm.v1.utils import APIServerProcessManager
 __all__ = [
     "APIServerProcessManager",
     "AnthropicError",
+    "AnthropicMessagesRequest",
+    "AnthropicMessagesResponse",
     "AnthropicServingMessages",
     "AnthropicStreamEvent",
+    "AnthropicUsage",
     "BaseModelPath",
+    "BatchChatCompletionRequest",
     "ChatCompletionRequest",
     "ChatCompletionResponse",
     "ChatCompletionResponseChoice",
@@ -61,6 +77,7 @@ __all__ = [
     "MsgpackDecoder",
     "MsgpackEncoder",
     "OpenAIServingChat",
+    "OpenAIServingChatBatch",
     "OpenAIServingCompletion",
     "OpenAIServingResponses",
     "ResponseUsage",
@@ -72,6 +89,7 @@ __all__ = [
     "VLLMError",
     "VLLMValidationError",
     "api_server",
+    "batch_route",
     "chat_route",
     "cli_env_setup",
     "completion_route",
@@ -79,6 +97,7 @@ __all__ = [
     "create_error_response",
     "current_platform",
     "make_arg_parser",
+    "messages_route",
     "responses_route",
     "validate_json_request",
     "validate_parsed_serve_args",
