@@ -38,6 +38,7 @@ from ouro_server.serving import (
     read_token_ids,
 )
 from ouro_server.serving_messages import DepthServingMessages
+from ouro_server.serving_models import DepthServingModels
 from ouro_server.serving_responses import DepthServingResponses
 from ouro_server.steering import Steering
 from ouro_server.vllm_api import BaseModelPath
@@ -103,12 +104,14 @@ class DepthEndpoints:
             metrics=metrics,
             steering=steering,
             known_xargs=known,
+            adapters=models.lora_requests,
         )
         state.depth = served
         if steering is not None:
             # Kept on the state: the event loop holds only a weak reference to a task.
             state.steering_task = asyncio.create_task(steering.run())
         list_aliases(models, served)
+        state.openai_serving_models = adopt(models, DepthServingModels, served)
         complete_requests(engine_client, served)
         for name, handler in HANDLERS.items():
             setattr(state, name, adopt(getattr(state, name), handler, served))

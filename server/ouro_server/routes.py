@@ -54,7 +54,9 @@ INVOCATIONS = "/invocations"
 READING_ENDPOINTS = (
     "/detokenize",
     "/tokenize",
+    "/v1/load_lora_adapter",
     "/v1/messages/count_tokens",
+    "/v1/unload_lora_adapter",
 )
 """vLLM's endpoints that take a body to which depth means nothing."""
 

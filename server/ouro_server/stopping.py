@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import FrameType, SimpleNamespace
 from unittest import mock
 
-from ouro_server.vllm_api import APIServerProcessManager, api_server
+from ouro_server.vllm_api import APIServerProcessManager, CoreEngineProcManager, api_server
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -33,6 +33,8 @@ def stoppable() -> Iterator[None]:
             signal.signal(other, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
+    drained = False
+
     def shutdown(manager: APIServerProcessManager, timeout: float | None = None) -> None:
         # vLLM's first process has had its signal; it would only wait for the others.
         def forward(*_: object) -> None:
@@ -41,15 +43,22 @@ def stoppable() -> Iterator[None]:
 
         for other in SIGNALS:
             signal.signal(other, forward)
-        vllms(manager, timeout)
+        nonlocal drained
+        end_servers(manager, timeout)
+        drained = True
 
-    vllms = APIServerProcessManager.shutdown
+    def end_drained(manager: CoreEngineProcManager, timeout: float | None = None) -> None:
+        # Nobody asks them any more: as without a grace period, at once and without a word.
+        end_engines(manager, 0.0 if drained else timeout)
+
+    end_servers, end_engines = APIServerProcessManager.shutdown, CoreEngineProcManager.shutdown
     keep_ours = SimpleNamespace(SIGTERM=signal.SIGTERM, signal=lambda number, handler: None)
     before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         with (
             mock.patch.object(api_server, "signal", keep_ours),
             mock.patch.object(APIServerProcessManager, "shutdown", shutdown),
+            mock.patch.object(CoreEngineProcManager, "shutdown", end_drained),
         ):
             yield
     finally:

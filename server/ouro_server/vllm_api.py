@@ -34,6 +34,7 @@ from vllm.entrypoints.openai.completion.protocol import (
 )
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.api_router import create_responses as responses_route
 from vllm.entrypoints.openai.responses.protocol import (
     ResponsesRequest,
@@ -51,6 +52,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.utils import CoreEngineProcManager
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.utils import APIServerProcessManager
 
@@ -70,6 +72,7 @@ __all__ = [
     "CompletionRequest",
     "CompletionResponse",
     "CompletionResponseChoice",
+    "CoreEngineProcManager",
     "EngineCoreRequest",
     "EngineDeadError",
     "ErrorResponse",
@@ -79,6 +82,7 @@ __all__ = [
     "OpenAIServingChat",
     "OpenAIServingChatBatch",
     "OpenAIServingCompletion",
+    "OpenAIServingModels",
     "OpenAIServingResponses",
     "ResponseUsage",
     "ResponsesRequest",

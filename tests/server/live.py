@@ -74,8 +74,12 @@ def environment() -> dict[str, str]:
 
 
 @contextmanager
-def start(*options: str, port: int | None = None) -> Iterator[Live]:
-    """Serve the shipped checkpoint until the block ends; raises with the log if it never does."""
+def start(*options: str, port: int | None = None, **variables: str) -> Iterator[Live]:
+    """Serve the shipped checkpoint until the block ends; raises with the log if it never does.
+
+    Args:
+        variables: of its environment.
+    """
     port = port or free_port()
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +93,7 @@ def start(*options: str, port: int | None = None) -> Iterator[Live]:
                 command,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
-                env=environment() | {"TMPDIR": str(scratch)},
+                env=environment() | {"TMPDIR": str(scratch)} | variables,
             )
         try:
             deadline = time.monotonic() + START_SECONDS
