@@ -105,8 +105,12 @@ def refuse(vllm_config: Any) -> None:
             ),
         ),
         (
-            vllm_config.lora_config is not None,
-            "LoRA: the rows of a pass are not mapped to their adapters yet",
+            vllm_config.lora_config is not None and not current_platform.is_cpu(),
+            "LoRA: only the CPU engine maps the rows of a pass to their adapters",
+        ),
+        (
+            vllm_config.lora_config is not None and vllm_config.lora_config.fully_sharded_loras,
+            "--fully-sharded-loras: rows go through whole adapters, one after the other",
         ),
         (
             # vLLM makes a connector of the offloading options later than this.

@@ -52,10 +52,10 @@ REQUEST = {
     "honoured": """
         request_id prompt_token_ids sampling_params arrival_time cache_salt data_parallel_rank
         client_index current_wave priority trace_headers external_req_id reasoning_ended
-        reasoning_parser_kwargs abort_immediately session_id kv_hints
+        reasoning_parser_kwargs abort_immediately session_id kv_hints lora_request
     """,
     "refused": """
-        pooling_params lora_request prompt_embeds prompt_is_token_ids mm_features resumable
+        pooling_params prompt_embeds prompt_is_token_ids mm_features resumable
     """,
 }
 """Fields of `EngineCoreRequest`; what is refused is so by the server's configuration (see

@@ -8,13 +8,13 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.model_executor.models.interfaces import SupportsQuant
+from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsQuant
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
 from ouro_runtime.model.block import LoopBlock
 
 
-class OuroForCausalLM(nn.Module, SupportsQuant):
+class OuroForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
     """A looped language model. The engine runs the loops; `forward` alone is one pass."""
 
     hf_to_vllm_mapper = LoopBlock.hf_to_vllm_mapper

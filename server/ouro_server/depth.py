@@ -45,10 +45,13 @@ class Endpoint:
 
 
 COMPLETIONS = Endpoint()
-"""`/v1/chat/completions` and `/v1/completions`."""
+"""`/v1/chat/completions`, `/v1/completions`, what stands for them (`/invocations`), and batches."""
 
 RESPONSES = Endpoint(effort=("reasoning", "effort"), returns=False)
 """`/v1/responses`."""
+
+MESSAGES = Endpoint(effort=("output_config", "effort"), returns=False)
+"""`/v1/messages`."""
 
 
 def find_controls(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,13 +125,18 @@ def _read(
     body: Mapping[str, Any], found: dict[str, Any], served: ServedDepth, endpoint: Endpoint
 ) -> Resolved:
     wanted = _flags(found, endpoint)
-    effort, alias = _effort(body, endpoint), alias_of(body, served)
+    effort, alias = _effort(body, endpoint), served.alias(body.get("model"))
     if body.get("use_beam_search"):
         asked = {**found, **wanted, **({} if effort is None else {EFFORT: effort})}
-        _refuse_all(asked, alias, "beam search takes every token from a request of its own")
+        _refuse_all(
+            asked,
+            body.get("model"),
+            alias,
+            "beam search takes every token from a request of its own",
+        )
     return resolve(
         found,
-        alias=None if alias is None else served.aliases[alias],
+        alias=None if alias is None else alias[1],
         effort=effort,
         book=served.book,
         defaults=served.defaults,
@@ -162,30 +170,27 @@ def _effort(body: Mapping[str, Any], endpoint: Endpoint) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def alias_of(body: Mapping[str, Any], served: ServedDepth) -> str | None:
-    """The MODEL@PRESET that a body asks for, if its model is one."""
-    model = body.get("model")
-    return model if isinstance(model, str) and model in served.aliases else None
-
-
 def refuse_everything(body: Mapping[str, Any], served: ServedDepth | None) -> None:
     """DepthError if a body says anything of depth: for an endpoint that knows none."""
-    alias = None if served is None else alias_of(body, served)
+    alias = None if served is None else served.alias(body.get("model"))
     inner = body.get("sampling_params")
     extra = inner.get("extra_args") if isinstance(inner, Mapping) else None
     try:
         for part in (body, {"vllm_xargs": extra} if isinstance(extra, Mapping) else {}):
-            _refuse_all(find_controls(part), alias, "this endpoint knows no depth")
+            _refuse_all(
+                find_controls(part), body.get("model"), alias, "this endpoint knows no depth"
+            )
             if served is not None and served.known_xargs:
                 check_xargs(part)
     except DepthError as error:
         raise shortened(error) from None
 
 
-def _refuse_all(found: Mapping[str, Any], alias: str | None, reason: str) -> None:
+def _refuse_all(found: Mapping[str, Any], model: Any, alias: Any, reason: str) -> None:
+    """As `refuse`; so is the name of a model that is an alias."""
     refuse(found, reason)
     if alias is not None:
-        raise DepthError("model", f"model {alias!r} is not supported here: {reason}")
+        raise DepthError("model", f"model {model!r} is not supported here: {reason}")
 
 
 def refuse(found: Mapping[str, Any], reason: str) -> None:

@@ -1,5 +1,6 @@
 """Errors in OpenAI's error shape."""
 
+from http import HTTPStatus
 from typing import Any
 
 from starlette.requests import Request
@@ -14,6 +15,12 @@ STOPPED = "the engine has stopped, and the server with it; ask another one, or a
 def depth_error_body(error: DepthError) -> dict[str, Any]:
     """`{"error": {"message", "type", "param", "code"}}`, `param` naming the field."""
     return create_error_response(str(error), param=error.param).model_dump()
+
+
+def unavailable_body(message: str) -> dict[str, Any]:
+    """OpenAI's body of a 503."""
+    kind, status = "ServiceUnavailableError", HTTPStatus.SERVICE_UNAVAILABLE
+    return create_error_response(message, kind, status).model_dump()
 
 
 async def handle_depth_error(_: Request, error: DepthError) -> JSONResponse:

@@ -34,6 +34,7 @@ DEFAULTS = {
     "host": "127.0.0.1",
     "port": 8000,
     "uvicorn_log_level": "warning",
+    "shutdown_timeout": 25,
     "enable_auto_tool_choice": True,
     "tool_call_parser": "hermes",
 }
@@ -159,6 +160,10 @@ def check_paths(args: argparse.Namespace) -> None:
             raise checkpoint.RefusedError(f"{option}: {place}: no such file or folder")
     if not 0 <= args.port <= MOST_PORT:
         raise checkpoint.RefusedError(f"--port must be from 0 to {MOST_PORT}, got {args.port}")
+    if args.shutdown_timeout < 0:
+        raise checkpoint.RefusedError(
+            f"--shutdown-timeout must be 0 or more seconds, got {args.shutdown_timeout}"
+        )
     if args.uds and not Path(args.uds).absolute().parent.is_dir():
         raise checkpoint.RefusedError(f"--uds: {args.uds} is in no folder that exists")
 

@@ -14,28 +14,46 @@ from ouro_runtime.engine.stat_logger import listen
 from ouro_server.controller import Law
 from ouro_server.depth_routes import build_depth_router
 from ouro_server.door import open_door
+from ouro_server.draining import (
+    Drain,
+    Draining,
+    build_readiness_router,
+    stop_when_drained,
+    take_signals,
+)
 from ouro_server.errors import handle_depth_error
 from ouro_server.fallback import complete_requests
 from ouro_server.honest_status import HonestStatus
 from ouro_server.metrics import ServerMetrics
 from ouro_server.playground import attach_playground
 from ouro_server.presets import SHIPPED, PresetBook
-from ouro_server.ready import announce_when_ready
+from ouro_server.ready import announce, until_serving
 from ouro_server.routes import build_router, drop_elastic, guard_others
 from ouro_server.served import ServedDepth
-from ouro_server.serving import DepthServingChat, DepthServingCompletion, adopt, read_token_ids
+from ouro_server.serving import (
+    DepthServingBatch,
+    DepthServingChat,
+    DepthServingCompletion,
+    adopt,
+    read_token_ids,
+)
 from ouro_server.serving_messages import DepthServingMessages
+from ouro_server.serving_models import DepthServingModels
 from ouro_server.serving_responses import DepthServingResponses
 from ouro_server.steering import Steering
 from ouro_server.vllm_api import BaseModelPath
 
-PARSING = (
-    "openai_serving_chat",
-    "openai_serving_chat_batch",
-    "openai_serving_responses",
-    "anthropic_serving_messages",
-)
-"""Handlers on vLLM's app state that split reasoning from the answer."""
+HANDLERS = {
+    "openai_serving_chat": DepthServingChat,
+    "openai_serving_chat_batch": DepthServingBatch,
+    "openai_serving_completion": DepthServingCompletion,
+    "openai_serving_responses": DepthServingResponses,
+    "anthropic_serving_messages": DepthServingMessages,
+}
+"""vLLM's handlers on its app's state, and what becomes of them."""
+
+PARSING = [name for name in HANDLERS if name != "openai_serving_completion"]
+"""Those that split reasoning from the answer."""
 
 
 class DepthEndpoints:
@@ -48,9 +66,12 @@ class DepthEndpoints:
         """Replace vLLM's routes; vLLM drops its own of the same path and method."""
         app.state.depth = None
         app.add_exception_handler(DepthError, handle_depth_error)  # type: ignore[arg-type]
+        app.state.drain = Drain()
         app.add_middleware(HonestStatus)
+        app.add_middleware(Draining, drain=app.state.drain)
         app.include_router(build_router())
         app.include_router(build_depth_router())
+        app.include_router(build_readiness_router(app.state.drain))
         guard_others(app)
         drop_elastic(app)
         attach_playground(app)
@@ -62,6 +83,8 @@ class DepthEndpoints:
         door = open_door(engine_client, await engine_client.get_supported_tasks())
         note_exits(engine_client, args)
         vllm_config = engine_client.vllm_config
+        # Kept on the state: the event loop holds only a weak reference to a task.
+        state.serving_task = asyncio.create_task(serve(state, args, vllm_config))
         if getattr(vllm_config.model_config.hf_config, "total_ut_steps", None) is None:
             return
         config = LoopConfig.of(vllm_config)
@@ -76,29 +99,39 @@ class DepthEndpoints:
         metrics.watch(served.defaults)
         steering = start_steering(engine_client, args, served, metrics)
         known = not vllm_config.model_config.logits_processors
-        served = replace(served, metrics=metrics, steering=steering, known_xargs=known)
+        served = replace(
+            served,
+            metrics=metrics,
+            steering=steering,
+            known_xargs=known,
+            adapters=models.lora_requests,
+        )
         state.depth = served
         if steering is not None:
             # Kept on the state: the event loop holds only a weak reference to a task.
             state.steering_task = asyncio.create_task(steering.run())
         list_aliases(models, served)
+        state.openai_serving_models = adopt(models, DepthServingModels, served)
         complete_requests(engine_client, served)
-        state.openai_serving_chat = adopt(state.openai_serving_chat, DepthServingChat, served)
-        state.openai_serving_completion = adopt(
-            state.openai_serving_completion, DepthServingCompletion, served
-        )
-        state.openai_serving_responses = adopt(
-            state.openai_serving_responses, DepthServingResponses, served
-        )
+        for name, handler in HANDLERS.items():
+            setattr(state, name, adopt(getattr(state, name), handler, served))
         state.openai_serving_responses.door = door
-        state.anthropic_serving_messages = adopt(
-            state.anthropic_serving_messages, DepthServingMessages, served
-        )
         for name in PARSING:
             read_token_ids(getattr(state, name))
-        if vllm_config.parallel_config._api_process_rank == 0:
-            # Kept on the state: the event loop holds only a weak reference to a task.
-            state.ready_task = asyncio.create_task(announce_when_ready(state, args))
+
+
+async def serve(state: State, args: Namespace, vllm_config: Any) -> None:
+    """From when the HTTP server accepts connections until it was told to stop."""
+    await until_serving(state)
+    processes = vllm_config.parallel_config
+    grace = vllm_config.shutdown_timeout
+    if processes._api_process_count > 1:
+        # vLLM's first process ends this one when the time is up.
+        grace = max(0, grace - 1)
+    take_signals(state.drain)
+    if state.depth is not None and processes._api_process_rank == 0:
+        announce(state, args)
+    await stop_when_drained(state, grace)
 
 
 def note_exits(engine_client: Any, args: Namespace) -> None:

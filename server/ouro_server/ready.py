@@ -35,9 +35,13 @@ def ready_line(state: State, args: Namespace) -> str:
     )
 
 
-async def announce_when_ready(state: State, args: Namespace) -> None:
-    """Print the line once the HTTP server accepts connections."""
+async def until_serving(state: State) -> None:
+    """Return once the HTTP server accepts connections."""
     while not getattr(getattr(state, "server", None), "started", False):
         await asyncio.sleep(_POLL_SECONDS)
+
+
+def announce(state: State, args: Namespace) -> None:
+    """Print the line, and note that requests are taken."""
     now_serves()
     print(ready_line(state, args), flush=True)

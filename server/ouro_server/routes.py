@@ -4,6 +4,7 @@ A replaced route resolves the request's depth, then calls vLLM's own function: c
 client leaves, load tracking, headers and keep-alives are vLLM's.
 """
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -14,18 +15,23 @@ from ouro_server import depth
 from ouro_server.honest_status import reads_requests
 from ouro_server.json_body import check_body
 from ouro_server.schemas import (
+    DepthBatchRequest,
     DepthChatRequest,
     DepthChatResponse,
     DepthCompletionRequest,
     DepthCompletionResponse,
+    DepthMessagesRequest,
+    DepthMessagesResponse,
     DepthResponsesRequest,
     DepthResponsesResponse,
 )
 from ouro_server.served import ServedDepth
 from ouro_server.vllm_api import (
     ErrorResponse,
+    batch_route,
     chat_route,
     completion_route,
+    messages_route,
     responses_route,
     validate_json_request,
 )
@@ -34,18 +40,24 @@ OTHER_ENDPOINTS = (
     "/cohere/v2/chat",
     "/generative_scoring",
     "/inference/v1/generate",
-    "/invocations",
-    "/v1/chat/completions/batch",
     "/v1/chat/completions/render",
     "/v1/completions/render",
-    "/v1/messages",
     "/v1/messages/render",
     "/v1/responses/render",
     "/v1/systemone",
 )
 """vLLM's endpoints that run or render a request but know no depth: they refuse depth fields."""
 
-READING_ENDPOINTS = ("/detokenize", "/tokenize", "/v1/messages/count_tokens")
+INVOCATIONS = "/invocations"
+"""vLLM's endpoint that takes a chat or a completion; `serving.deepened` gives it its depth."""
+
+READING_ENDPOINTS = (
+    "/detokenize",
+    "/tokenize",
+    "/v1/load_lora_adapter",
+    "/v1/messages/count_tokens",
+    "/v1/unload_lora_adapter",
+)
 """vLLM's endpoints that take a body to which depth means nothing."""
 
 ELASTIC_ENDPOINTS = ("/is_scaling_elastic_ep", "/scale_elastic_ep")
@@ -60,17 +72,14 @@ def served_by(request: Request) -> ServedDepth | None:
     return request.app.state.depth
 
 
-async def resolve_depth(raw_request: Request) -> None:
-    """Note the depth that the body means; 400 unless it can be honoured."""
-    body = await raw_request.json()
-    raw_request.state.depth = depth.read_request(body, served_by(raw_request))
+def resolving(endpoint: depth.Endpoint) -> Callable[[Request], Awaitable[None]]:
+    """A dependency that notes the depth the body means; 400 unless it can be honoured."""
 
+    async def resolve_depth(raw_request: Request) -> None:
+        body = await raw_request.json()
+        raw_request.state.depth = depth.read_request(body, served_by(raw_request), endpoint)
 
-async def resolve_responses_depth(raw_request: Request) -> None:
-    """As `resolve_depth`, for `/v1/responses`."""
-    body = await raw_request.json()
-    served = served_by(raw_request)
-    raw_request.state.depth = depth.read_request(body, served, depth.RESPONSES)
+    return resolve_depth
 
 
 async def refuse_depth(raw_request: Request) -> None:
@@ -91,45 +100,47 @@ def _responses(model: Any) -> dict[int | str, dict[str, Any]]:
 
 
 def build_router() -> APIRouter:
-    """The chat, completion and Responses routes with depth."""
+    """The routes with depth."""
     router = APIRouter()
 
-    @router.post(
-        "/v1/chat/completions",
-        dependencies=[*CHECKS, Depends(resolve_depth)],
-        responses=_responses(DepthChatResponse),
-        response_model=None,
-    )
+    def route(path: str, endpoint: depth.Endpoint, model: Any) -> Any:
+        checks = [*CHECKS, Depends(resolving(endpoint))]
+        responses = _responses(model)
+        return router.post(path, dependencies=checks, responses=responses, response_model=None)
+
+    @route("/v1/chat/completions", depth.COMPLETIONS, DepthChatResponse)
     async def create_chat_completion(request: DepthChatRequest, raw_request: Request) -> Response:
         request.resolve(raw_request.state.depth)
         return await chat_route(request, raw_request)
 
-    @router.post(
-        "/v1/completions",
-        dependencies=[*CHECKS, Depends(resolve_depth)],
-        responses=_responses(DepthCompletionResponse),
-        response_model=None,
-    )
+    @route("/v1/chat/completions/batch", depth.COMPLETIONS, DepthChatResponse)
+    async def create_batch(request: DepthBatchRequest, raw_request: Request) -> Response:
+        request.resolve(raw_request.state.depth)
+        return await batch_route(request, raw_request)
+
+    @route("/v1/completions", depth.COMPLETIONS, DepthCompletionResponse)
     async def create_completion(request: DepthCompletionRequest, raw_request: Request) -> Response:
         request.resolve(raw_request.state.depth)
         return await completion_route(request, raw_request)
 
-    @router.post(
-        "/v1/responses",
-        dependencies=[*CHECKS, Depends(resolve_responses_depth)],
-        responses=_responses(DepthResponsesResponse),
-        response_model=None,
-    )
+    @route("/v1/responses", depth.RESPONSES, DepthResponsesResponse)
     async def create_responses(request: DepthResponsesRequest, raw_request: Request) -> Response:
         request.resolve(raw_request.state.depth)
         return await responses_route(request, raw_request)
+
+    @route("/v1/messages", depth.MESSAGES, DepthMessagesResponse)
+    async def create_messages(request: DepthMessagesRequest, raw_request: Request) -> Response:
+        request.resolve(raw_request.state.depth)
+        return await messages_route(request, raw_request)
 
     return router
 
 
 def guard_others(app: FastAPI) -> None:
-    """Check the bodies of vLLM's other endpoints; those that run one refuse depth fields."""
+    """Check the bodies of vLLM's other endpoints; those that run one refuse depth fields, but for
+    the one whose bodies are those of chats and completions."""
     checks = dict.fromkeys(READING_ENDPOINTS, CHECKS)
+    checks[INVOCATIONS] = [*CHECKS, Depends(resolving(depth.COMPLETIONS))]
     checks |= {path: [*CHECKS, Depends(refuse_depth)] for path in OTHER_ENDPOINTS}
     for route in list(app.routes):
         if isinstance(route, APIRoute) and route.path in checks:

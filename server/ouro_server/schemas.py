@@ -10,6 +10,10 @@ from ouro_server.presets import EFFORTS
 from ouro_server.resolve import Resolved
 from ouro_server.usage import DepthUsage
 from ouro_server.vllm_api import (
+    AnthropicMessagesRequest,
+    AnthropicMessagesResponse,
+    AnthropicUsage,
+    BatchChatCompletionRequest,
     ChatCompletionRequest,
     ChatCompletionResponse,
     ChatCompletionResponseChoice,
@@ -64,6 +68,7 @@ class DepthFields(DepthControls):
         "threshold of a request that sets no depth itself. `GET /v1/depth` lists them.",
     )
     _resolved: Resolved | None = PrivateAttr(default=None)
+    _alias: str | None = PrivateAttr(default=None)
 
     @property
     def resolved(self) -> Resolved | None:
@@ -74,6 +79,15 @@ class DepthFields(DepthControls):
         """Settle the depth this request means."""
         self._resolved = resolved
 
+    @property
+    def alias(self) -> str | None:
+        """The NAME@PRESET that the request asked for, if its model was one."""
+        return self._alias
+
+    def ask_for(self, model: str) -> None:
+        """Ask vLLM for the model that the alias stands for."""
+        self._alias, self.model = self.model, model  # type: ignore[has-type]
+
     @model_validator(mode="before")
     @classmethod
     def _out_of_xargs(cls, data: Any) -> Any:
@@ -81,7 +95,7 @@ class DepthFields(DepthControls):
         nested = data.get("vllm_xargs") if isinstance(data, dict) else None
         if not isinstance(nested, dict):
             return data
-        ours = (*REQUEST_FIELDS, SESSION)
+        ours = (*REQUEST_FIELDS, *((SESSION,) if SESSION in cls.model_fields else ()))
         moved = {k: nested[k] for k in ours if k in nested and data.get(k) is None}
         rest = {k: v for k, v in nested.items() if k not in ours}
         return {**data, **moved, "vllm_xargs": rest or None}
@@ -124,18 +138,23 @@ class ReturnFields(BaseModel):
     )
 
 
+class EffortField(BaseModel):
+    """For requests to which vLLM gives no effort."""
+
+    reasoning_effort: Literal[EFFORTS] | None = Field(  # type: ignore[valid-type]
+        default=None, description="Chooses a depth preset, as it does in a chat."
+    )
+
+
 class DepthChatRequest(DepthFields, ReturnFields, ChatCompletionRequest):
     """vLLM's chat completion request with depth controls."""
 
     field_names: ClassVar[set[str] | None] = None
 
 
-class DepthCompletionRequest(DepthFields, ReturnFields, CompletionRequest):
+class DepthCompletionRequest(DepthFields, EffortField, ReturnFields, CompletionRequest):
     """vLLM's completion request with depth controls."""
 
-    reasoning_effort: Literal[EFFORTS] | None = Field(  # type: ignore[valid-type]
-        default=None, description="Chooses a depth preset, as it does in a chat."
-    )
     field_names: ClassVar[set[str] | None] = None
 
 
@@ -143,6 +162,23 @@ class DepthResponsesRequest(DepthFields, ResponsesRequest):
     """vLLM's Responses request with depth controls."""
 
     field_names: ClassVar[set[str] | None] = None
+
+
+class DepthBatchRequest(DepthFields, EffortField, ReturnFields, BatchChatCompletionRequest):
+    """vLLM's request of several chats at once with depth controls, which are those of each."""
+
+    field_names: ClassVar[set[str] | None] = None
+
+    def to_chat_completion_request(self, messages: Any) -> DepthChatRequest:
+        """The request of one of the chats."""
+        data = self.model_dump(exclude={"messages"}, exclude_none=True)
+        chat = DepthChatRequest.model_validate({**data, "messages": messages})
+        chat.resolve(self.resolved)
+        return chat
+
+
+class DepthMessagesRequest(DepthFields, AnthropicMessagesRequest):
+    """vLLM's Messages request with depth controls."""
 
 
 class DepthUsageInfo(UsageInfo):
@@ -215,6 +251,18 @@ class DepthResponsesResponse(ResponsesResponse):
     """The response as it is sent (documentation; vLLM builds the object)."""
 
     usage: DepthResponsesUsage | None = None
+
+
+class DepthMessagesUsage(AnthropicUsage):
+    """Token usage with depth."""
+
+    depth: DepthUsage | None = None
+
+
+class DepthMessagesResponse(AnthropicMessagesResponse):
+    """The message as it is sent."""
+
+    usage: DepthMessagesUsage | None = None
 
 
 class DepthDefaults(BaseModel):

@@ -1,7 +1,8 @@
 """Depth of the served model: one object on the app's state, for routes and handlers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from ouro_runtime.config import LoopConfig
 from ouro_server.defaults import Defaults
@@ -21,7 +22,8 @@ class ServedDepth:
         loops: T.
         book: presets, efforts and priority classes.
         defaults: the controls in force for requests that set none.
-        aliases: MODEL@PRESET -> preset.
+        aliases: MODEL@PRESET -> preset, of the names that the model itself is served under.
+        adapters: what is loaded by now, by name.
         fixed: why the defaults must not be changed over HTTP; None if they may.
         metrics: where finished generations are counted, if anywhere.
         steering: the latency controller, if there is one.
@@ -40,6 +42,16 @@ class ServedDepth:
     steering: Steering | None = None
     drafts: bool = True
     known_xargs: bool = True
+    adapters: Mapping[str, Any] = field(default_factory=dict)
+
+    def alias(self, model: Any) -> tuple[str, str] | None:
+        """(model, preset) of a NAME@PRESET: what vLLM is to be asked for, and what it means."""
+        if not isinstance(model, str) or model in self.adapters:
+            return None
+        if model in self.aliases:
+            return model, self.aliases[model]
+        name, _, preset = model.rpartition("@")
+        return (name, preset) if name in self.adapters and preset in self.book.presets else None
 
     def count(self, resolved: Resolved | None, tally: DepthTally) -> None:
         """Count a finished generation; `resolved` is None for one that could set no depth."""

@@ -13,6 +13,7 @@ from ouro_runtime.engine.reasoning import reading_ids
 from ouro_server.depth import RETURN_FIELDS
 from ouro_server.errors import STOPPED
 from ouro_server.resolve import Resolved
+from ouro_server.schemas import DepthChatRequest, DepthCompletionRequest, DepthFields
 from ouro_server.served import ServedDepth
 from ouro_server.stream import DepthLedger, annotating, noting
 from ouro_server.usage import DepthTally, tokens_of
@@ -22,10 +23,12 @@ from ouro_server.vllm_api import (
     EngineDeadError,
     ErrorResponse,
     OpenAIServingChat,
+    OpenAIServingChatBatch,
     OpenAIServingCompletion,
 )
 
 H = TypeVar("H")
+T = TypeVar("T")
 
 
 def adopt(handler: Any, cls: type[H], served: ServedDepth) -> H:
@@ -67,14 +70,39 @@ def resolved_of(request: Any) -> Resolved | None:
     return getattr(request, "resolved", None)
 
 
-def name_for(request: Any, model_name: str, served: ServedDepth) -> str:
+def name_for(request: Any, model_name: str) -> str:
     """The model's name in an answer: the alias it was asked for by, else vLLM's."""
-    return request.model if request.model in served.aliases else model_name
+    return getattr(request, "alias", None) or model_name
+
+
+def without_alias(request: Any, served: ServedDepth) -> Any:
+    """The request, which asks vLLM for a model that it knows."""
+    if isinstance(request, DepthFields) and (alias := served.alias(request.model)) is not None:
+        request.ask_for(alias[0])
+    return request
 
 
 def wanted_keys(request: Any) -> tuple[str, ...]:
     """What a request asked to be told of every token: keys of a choice."""
     return tuple(key for flag, key in RETURN_FIELDS.items() if getattr(request, flag, None))
+
+
+async def deepened(request: Any, raw_request: Any, cls: type[DepthFields]) -> Any:
+    """A request with its depth. One that came through an endpoint of vLLM's own for such bodies is
+    none of ours yet: that endpoint's check has resolved it (`routes.guard_others`)."""
+    if isinstance(request, DepthFields) or raw_request is None:
+        return request
+    deep = cls.model_validate(await raw_request.json())
+    deep.resolve(raw_request.state.depth)
+    return deep
+
+
+async def keeping_last(results: AsyncGenerator[T, None], last: list[T]) -> AsyncGenerator[T, None]:
+    """`results`; the newest is all that is in `last`."""
+    async with aclosing(results):
+        async for result in results:
+            last[:] = [result]
+            yield result
 
 
 class NamedErrors:
@@ -131,6 +159,11 @@ class DepthServingChat(BegunChat):
 
     depth: ServedDepth
 
+    async def create_chat_completion(self, request: Any, raw_request: Any = None) -> Any:
+        request = await deepened(request, raw_request, DepthChatRequest)
+        request = without_alias(request, self.depth)
+        return await super().create_chat_completion(request, raw_request)
+
     async def chat_completion_stream_generator(
         self,
         request: Any,
@@ -141,7 +174,7 @@ class DepthServingChat(BegunChat):
         **kwargs: Any,
     ) -> AsyncGenerator[str, None]:
         ledger = DepthLedger(self.depth.loops, resolved_of(request))
-        name = name_for(request, model_name, self.depth)
+        name = name_for(request, model_name)
         results = noting(result_generator, ledger, lambda r: ((o.index, o) for o in r.outputs))
         events = super().chat_completion_stream_generator(
             request, results, request_id, name, *args, **kwargs
@@ -161,19 +194,40 @@ class DepthServingChat(BegunChat):
         **kwargs: Any,
     ) -> Any:
         last: list[Any] = []
-
-        async def keeping_last() -> AsyncGenerator[Any, None]:
-            async with aclosing(result_generator):
-                async for result in result_generator:
-                    last[:] = [result]
-                    yield result
-
-        name = name_for(request, model_name, self.depth)
+        name = name_for(request, model_name)
         response = await super().chat_completion_full_generator(
-            request, keeping_last(), request_id, name, *args, **kwargs
+            request, keeping_last(result_generator, last), request_id, name, *args, **kwargs
         )
         if isinstance(response, ChatCompletionResponse):
             describe(response, last[0].outputs, request, self.depth)
+        return response
+
+
+class DepthServingBatch(DepthServingChat, OpenAIServingChatBatch):
+    """Several chats in one request, with depth."""
+
+    async def create_batch_chat_completion(self, request: Any, raw_request: Any = None) -> Any:
+        request = without_alias(request, self.depth)
+        return await super().create_batch_chat_completion(request, raw_request)
+
+    async def chat_completion_full_generator_batch(
+        self,
+        request: Any,
+        generators: list[AsyncGenerator[Any, None]],
+        request_id: str,
+        model_name: str,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        last: list[list[Any]] = [[] for _ in generators]
+        kept = [keeping_last(*pair) for pair in zip(generators, last, strict=True)]
+        name = name_for(request, model_name)
+        response = await super().chat_completion_full_generator_batch(
+            request, kept, request_id, name, *args, **kwargs
+        )
+        if isinstance(response, ChatCompletionResponse):
+            outputs = [output for (result,) in last for output in result.outputs]
+            describe(response, outputs, request, self.depth)
         return response
 
 
@@ -183,6 +237,8 @@ class DepthServingCompletion(NamedErrors, OpenAIServingCompletion):
     depth: ServedDepth
 
     async def create_completion(self, request: Any, raw_request: Any = None) -> Any:
+        request = await deepened(request, raw_request, DepthCompletionRequest)
+        request = without_alias(request, self.depth)
         return await begun(await super().create_completion(request, raw_request), raw_request)
 
     async def completion_stream_generator(
@@ -209,7 +265,7 @@ class DepthServingCompletion(NamedErrors, OpenAIServingCompletion):
             noting(result_generator, ledger, outputs),
             request_id,
             created_time,
-            name_for(request, model_name, self.depth),
+            name_for(request, model_name),
             *args,
             **kwargs,
         )
@@ -228,7 +284,7 @@ class DepthServingCompletion(NamedErrors, OpenAIServingCompletion):
         *args: Any,
         **kwargs: Any,
     ) -> CompletionResponse:
-        name = name_for(request, model_name, self.depth)
+        name = name_for(request, model_name)
         response = super().request_output_to_completion_response(
             final_res_batch, request, request_id, created_time, name, *args, **kwargs
         )

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from ouro_server.door import Door
 from ouro_server.errors import STOPPED
 from ouro_server.served import ServedDepth
-from ouro_server.serving import name_for, resolved_of
+from ouro_server.serving import name_for, resolved_of, without_alias
 from ouro_server.usage import DepthTally, tokens_of
 from ouro_server.vllm_api import (
     EngineDeadError,
@@ -39,10 +39,11 @@ class DepthServingResponses(OpenAIServingResponses):
     door: Door
 
     async def create_responses(self, request: Any, raw_request: Any = None) -> Any:
+        request = without_alias(request, self.depth)
         answer = await super().create_responses(request, raw_request)
         if isinstance(answer, ResponsesResponse):
             # vLLM builds the answer to a background request ("queued") without our generators.
-            answer.model = name_for(request, answer.model, self.depth)
+            answer.model = name_for(request, answer.model)
         return answer
 
     def _generate_with_builtin_tools(
@@ -85,7 +86,7 @@ class DepthServingResponses(OpenAIServingResponses):
         *args: Any,
         **kwargs: Any,
     ) -> AsyncGenerator[Any, None]:
-        name = name_for(request, model_name, self.depth)
+        name = name_for(request, model_name)
         events = super().responses_stream_generator(
             request, sampling_params, result_generator, context, name, *args, **kwargs
         )
@@ -116,7 +117,7 @@ class DepthServingResponses(OpenAIServingResponses):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        name = name_for(request, model_name, self.depth)
+        name = name_for(request, model_name)
         response = await super().responses_full_generator(
             request, sampling_params, result_generator, context, name, *args, **kwargs
         )

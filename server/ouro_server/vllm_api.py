@@ -4,15 +4,27 @@ from argparse import Namespace
 from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
-from vllm.entrypoints.anthropic.protocol import AnthropicError, AnthropicStreamEvent
+from vllm.entrypoints.anthropic.api_router import create_messages as messages_route
+from vllm.entrypoints.anthropic.protocol import (
+    AnthropicError,
+    AnthropicMessagesRequest,
+    AnthropicMessagesResponse,
+    AnthropicStreamEvent,
+    AnthropicUsage,
+)
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.launchers.api_server import entry as api_server
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.openai.chat_completion.api_router import (
+    create_batch_chat_completion as batch_route,
+)
+from vllm.entrypoints.openai.chat_completion.api_router import (
     create_chat_completion as chat_route,
 )
+from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
 from vllm.entrypoints.openai.chat_completion.protocol import (
+    BatchChatCompletionRequest,
     ChatCompletionRequest,
     ChatCompletionResponse,
     ChatCompletionResponseChoice,
@@ -26,6 +38,7 @@ from vllm.entrypoints.openai.completion.protocol import (
 )
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.api_router import create_responses as responses_route
 from vllm.entrypoints.openai.responses.protocol import (
     ResponsesRequest,
@@ -43,19 +56,27 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.utils import CoreEngineProcManager
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+from vllm.v1.utils import APIServerProcessManager
 
 __all__ = [
+    "APIServerProcessManager",
     "AnthropicError",
+    "AnthropicMessagesRequest",
+    "AnthropicMessagesResponse",
     "AnthropicServingMessages",
     "AnthropicStreamEvent",
+    "AnthropicUsage",
     "BaseModelPath",
+    "BatchChatCompletionRequest",
     "ChatCompletionRequest",
     "ChatCompletionResponse",
     "ChatCompletionResponseChoice",
     "CompletionRequest",
     "CompletionResponse",
     "CompletionResponseChoice",
+    "CoreEngineProcManager",
     "EngineArgs",
     "EngineCoreRequest",
     "EngineDeadError",
@@ -64,7 +85,9 @@ __all__ = [
     "MsgpackDecoder",
     "MsgpackEncoder",
     "OpenAIServingChat",
+    "OpenAIServingChatBatch",
     "OpenAIServingCompletion",
+    "OpenAIServingModels",
     "OpenAIServingResponses",
     "ResponseUsage",
     "ResponsesRequest",
@@ -75,6 +98,7 @@ __all__ = [
     "VLLMError",
     "VLLMValidationError",
     "api_server",
+    "batch_route",
     "chat_route",
     "cli_env_setup",
     "completion_route",
@@ -82,6 +106,7 @@ __all__ = [
     "create_error_response",
     "current_platform",
     "make_arg_parser",
+    "messages_route",
     "offline_engine",
     "responses_route",
     "validate_json_request",

@@ -24,7 +24,7 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
             "prompt_lookup_max": 3,
         }
     },
-    "LoRA": {"enable_lora": True},
+    "--fully-sharded-loras": {"enable_lora": True, "fully_sharded_loras": True},
     "prompt embeddings": {"enable_prompt_embeds": True},
     "K/V transfer": {
         "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}

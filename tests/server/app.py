@@ -13,7 +13,7 @@ from vllm.entrypoints.generate.api_router import register_generate_api_routers
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.plugins import endpoint_plugins
 
-from ouro_server.plugin import DepthEndpoints
+from ouro_server.plugin import HANDLERS, DepthEndpoints
 from ouro_server.served import ServedDepth
 from ouro_server.vllm_api import create_error_response
 
@@ -21,6 +21,8 @@ BODIES = {
     "/v1/chat/completions": {"model": "m", "messages": [{"role": "user", "content": "hi"}]},
     "/v1/completions": {"model": "m", "prompt": "hi"},
     "/v1/responses": {"model": "m", "input": "hi"},
+    "/v1/chat/completions/batch": {"model": "m", "messages": [[{"role": "user", "content": "x"}]]},
+    "/v1/messages": {"model": "m", "max_tokens": 3, "messages": [{"role": "user", "content": "x"}]},
 }
 
 
@@ -37,6 +39,7 @@ class Seen:
         return error
 
     create_chat_completion = create_completion = create_responses = take
+    create_batch_chat_completion = create_messages = take
 
 
 def build(depth: ServedDepth | None, monkeypatch: pytest.MonkeyPatch) -> tuple[FastAPI, Seen]:
@@ -48,8 +51,8 @@ def build(depth: ServedDepth | None, monkeypatch: pytest.MonkeyPatch) -> tuple[F
     endpoint_plugins.interface.attach_endpoint_plugins(app, ("generate",))
     init_exception_handler(app)
     app.state.depth = depth
-    for name in ("chat", "completion", "responses"):
-        setattr(app.state, f"openai_serving_{name}", seen)
+    for name in HANDLERS:
+        setattr(app.state, name, seen)
     return app, seen
 
 

@@ -39,6 +39,7 @@ class Live:
     log: Path
     client: openai.OpenAI
     http: httpx.Client
+    process: subprocess.Popen
 
     def output(self) -> str:
         """What the server has printed so far."""
@@ -73,9 +74,13 @@ def environment() -> dict[str, str]:
 
 
 @contextmanager
-def start(*options: str) -> Iterator[Live]:
-    """Serve the shipped checkpoint until the block ends; raises with the log if it never does."""
-    port = free_port()
+def start(*options: str, port: int | None = None, **variables: str) -> Iterator[Live]:
+    """Serve the shipped checkpoint until the block ends; raises with the log if it never does.
+
+    Args:
+        variables: of its environment.
+    """
+    port = port or free_port()
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as folder:
         log, scratch = Path(folder) / "log", Path(folder) / "tmp"
@@ -88,7 +93,7 @@ def start(*options: str) -> Iterator[Live]:
                 command,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
-                env=environment() | {"TMPDIR": str(scratch)},
+                env=environment() | {"TMPDIR": str(scratch)} | variables,
             )
         try:
             deadline = time.monotonic() + START_SECONDS
@@ -101,7 +106,7 @@ def start(*options: str) -> Iterator[Live]:
             )
             client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
             with http, client:
-                yield Live(url, "ouro-mini", log, client, http)
+                yield Live(url, "ouro-mini", log, client, http, process)
             served = process.poll() is None
         finally:
             process.send_signal(signal.SIGTERM)

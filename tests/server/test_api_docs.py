@@ -11,6 +11,8 @@ from fastapi.testclient import TestClient
 from ouro_server.presets import EFFORTS, SECTIONS
 from ouro_server.resolve import SOURCES
 from ouro_server.vllm_api import (
+    AnthropicMessagesRequest,
+    BatchChatCompletionRequest,
     ChatCompletionRequest,
     ChatCompletionResponseChoice,
     CompletionRequest,
@@ -24,6 +26,8 @@ from tests.server.fakes import serve
 TEXT = (ROOT / "docs/api.md").read_text()
 REQUESTS = {
     "/v1/chat/completions": ChatCompletionRequest,
+    "/v1/chat/completions/batch": BatchChatCompletionRequest,
+    "/v1/messages": AnthropicMessagesRequest,
     "/v1/completions": CompletionRequest,
     "/v1/responses": ResponsesRequest,
 }
@@ -62,8 +66,8 @@ def test_request_fields_are_what_we_add_to_vllms(spec: Any) -> None:
     assert set(documented) == added
     for field in documented:
         not_there = [path for path in REQUESTS if field not in request_fields(spec, path)]
-        noted = re.search(rf"^\| `{field}` .*/v1/responses", TEXT, re.MULTILINE)
-        assert not_there == (["/v1/responses"] if noted else [])
+        noted = re.search(rf"^\| `{field}` .*/v1/responses.*/v1/messages", TEXT, re.MULTILINE)
+        assert not_there == (["/v1/messages", "/v1/responses"] if noted else [])
 
 
 def test_usage_fields_are_the_servers(spec: Any) -> None:

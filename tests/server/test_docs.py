@@ -24,13 +24,18 @@ from tests.server.live import KEY, LOOPS, Live
 TO_SERVER = [command for command in ALL if command.asks_a_server]
 TO_START = [command for command in ALL if command.words[0] == "ouro-serve"]
 PYTHON = [block for document in DOCS for block in blocks(document) if block.language == "python"]
-YAML = [block for document in DOCS for block in blocks(document) if block.language == "yaml"]
+PRESETS = [
+    block
+    for document in DOCS
+    for block in blocks(document)
+    if block.language == "yaml" and "presets:" in block.text
+]
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 AS_SHIPPED = {"agree-99": "quality"}
 """Presets that a user's own file has, by the one of the shipped file that is asked for instead."""
 
-OF_OTHERS = {"--build", "--wait"}
-"""Options of other programs in the documentation: docker compose's."""
+OF_OTHERS = {"--build", "--time", "--wait"}
+"""Options of other programs in the documentation: docker's."""
 
 
 @pytest.fixture
@@ -86,7 +91,7 @@ def test_the_python_works(live: Live, block: Block) -> None:
     exec(compile(block.text, str(block), "exec"), {"client": live.client, "messages": ASK})
 
 
-@pytest.mark.parametrize("block", YAML, ids=str)
+@pytest.mark.parametrize("block", PRESETS, ids=str)
 def test_the_presets_are_valid(block: Block) -> None:
     assert PresetBook.parse(yaml.safe_load(block.text), LOOPS).presets
 

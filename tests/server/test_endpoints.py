@@ -14,11 +14,7 @@ from tests.server.app import BODIES, Seen, assert_refused, build, post
 from tests.server.fakes import serve
 from tests.server.test_depth_fields import BAD
 
-REFUSING = {
-    "/v1/chat/completions/batch": {"model": "m", "messages": [[{"role": "user", "content": "x"}]]},
-    "/v1/messages": {"model": "m", "max_tokens": 3, "messages": [{"role": "user", "content": "x"}]},
-    "/generative_scoring": {"model": "m"},
-}
+REFUSING = {"/generative_scoring": {"model": "m"}}
 
 
 @pytest.fixture
@@ -84,6 +80,8 @@ EFFORTS = {
     "/v1/chat/completions": {"reasoning_effort": "low"},
     "/v1/completions": {"reasoning_effort": "low"},
     "/v1/responses": {"reasoning": {"effort": "low"}},
+    "/v1/chat/completions/batch": {"reasoning_effort": "low"},
+    "/v1/messages": {"output_config": {"effort": "low"}},
 }
 
 
@@ -108,12 +106,19 @@ def test_contradictions_are_refused(served: tuple[TestClient, Seen], path: str) 
 
 
 @pytest.mark.parametrize("field", ["return_depths", "return_exit_cdf", "return_loops"])
-def test_responses_cannot_say_anything_of_every_token(
-    served: tuple[TestClient, Seen], field: str
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+def test_some_endpoints_cannot_say_anything_of_every_token(
+    served: tuple[TestClient, Seen], path: str, field: str
 ) -> None:
     client, _ = served
-    body = BODIES["/v1/responses"] | {field: True}
-    assert_refused(post(client, "/v1/responses", body), field)
+    assert_refused(post(client, path, BODIES[path] | {field: True}), field)
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
+def test_the_effort_stands_where_its_api_has_it(served: tuple[TestClient, Seen], path: str) -> None:
+    client, _ = served
+    answer = post(client, path, BODIES[path] | {"reasoning_effort": "low"})
+    assert_refused(answer, "reasoning_effort")
 
 
 @pytest.mark.parametrize("path", REFUSING)
@@ -157,7 +162,8 @@ def test_openapi_shows_the_depth_fields_once_per_route(served: tuple[TestClient,
     client, _ = served
     spec = client.get("/openapi.json").json()
     schemas = spec["components"]["schemas"]
-    for path, name in zip(BODIES, ("Chat", "Completion", "Responses"), strict=True):
+    names = ("Chat", "Completion", "Responses", "Batch", "Messages")
+    for path, name in zip(BODIES, names, strict=True):
         body = spec["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         assert body["$ref"].endswith(f"/Depth{name}Request")
         fields = schemas[f"Depth{name}Request"]["properties"]

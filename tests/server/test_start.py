@@ -252,7 +252,7 @@ def test_paths_that_the_server_would_miss_late_are_refused(tmp_path: Path) -> No
     here = tmp_path / "file"
     here.touch()
     none: dict = dict.fromkeys(("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "uds"))
-    none |= {"tokenizer": None, "generation_config": "auto", "port": 80}
+    none |= {"tokenizer": None, "generation_config": "auto", "port": 80, "shutdown_timeout": 0}
     launch.check_paths(Namespace(**none))
     key = {"ssl_keyfile": str(here), "ssl_certfile": str(here)}
     launch.check_paths(Namespace(**none | key | {"uds": str(here)}))
@@ -260,7 +260,11 @@ def test_paths_that_the_server_would_miss_late_are_refused(tmp_path: Path) -> No
         option = "--" + field.replace("_", "-")
         with pytest.raises(checkpoint.RefusedError, match=f"{option}: .*/no/file"):
             launch.check_paths(Namespace(**none | {field: str(tmp_path / "no" / "file")}))
-    for wrong, said in (({"port": 65536}, "--port"), (key | {"ssl_certfile": None}, "--ssl-cert")):
+    for wrong, said in (
+        ({"port": 65536}, "--port"),
+        ({"shutdown_timeout": -1}, "--shutdown-timeout must be 0 or more seconds, got -1"),
+        (key | {"ssl_certfile": None}, "--ssl-cert"),
+    ):
         with pytest.raises(checkpoint.RefusedError, match=said):
             launch.check_paths(Namespace(**none | wrong))
 

@@ -5,16 +5,19 @@ What is overridden, and why:
 - `_build_attention_metadata` is skipped, since every pass builds its own;
 - `_sample` hands over the tokens that the passes sampled, and samples the requests that need the
   host first (grammars), whose logits the model gave between the two (`cpu/model.py`);
-- `sample_tokens` adds the step's depths to the output.
+- `sample_tokens` adds the step's depths to the output;
+- `load_lora_model` puts `RowAdapters` in the place of what maps rows to adapters.
 """
 
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 from vllm import _custom_ops as ops
 from vllm.config import VllmConfig
+from vllm.lora import model_manager
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -22,6 +25,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from ouro_runtime.cache.pages import LoopPages
 from ouro_runtime.cache.standin import StandIns
 from ouro_runtime.config import LoopConfig
+from ouro_runtime.engine.cpu.adapters import RowAdapters
 from ouro_runtime.engine.cpu.row_state import follow_budgets
 from ouro_runtime.engine.cpu.sampler import StepSampler
 from ouro_runtime.engine.cpu.step import CPUStep
@@ -36,6 +40,7 @@ check_parameters(ops.cpu_attention_with_kv_cache, "query_start_loc", "scheduler_
 check_parameters(CPUModelRunner._model_forward, "input_ids", "positions")
 check_parameters(CPUModelRunner._sample, "logits", "spec_decode_metadata")
 check_parameters(CPUModelRunner._build_attention_metadata, "num_tokens", "num_reqs")
+check_parameters(CPUModelRunner.load_lora_model, "model", "vllm_config", "device")
 check_parameters(CPUModelRunner._on_request_state_removed, "req_id", "req_state")
 
 
@@ -48,8 +53,14 @@ class OuroCPUModelRunner(CPUModelRunner):
         self.executor = StepExecutor(self.loop_config.loops)
         self.loop_requests: dict[str, LoopRequest] = {}
         self._step: CPUStep | None = None
+        self._adapters: RowAdapters | None = None
 
     # ---- set-up -------------------------------------------------------------------------------
+
+    def load_lora_model(self, model: Any, vllm_config: Any, device: torch.device) -> Any:
+        self._adapters = adapters = RowAdapters(device)
+        with mock.patch.object(model_manager, "get_punica_wrapper", return_value=adapters):
+            return super().load_lora_model(model, vllm_config, device)
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
@@ -145,6 +156,8 @@ class OuroCPUModelRunner(CPUModelRunner):
             ),
             stand_ins=self._stand_ins,
             metadata_builder=self._metadata_builder,
+            adapters=self._adapters,
+            adapter_ids=batch.request_lora_mapping[: len(requests)],
         )
         result = step.run(self.executor, plan, embedded, bool(self.num_prompt_logprobs))
         self._step = step

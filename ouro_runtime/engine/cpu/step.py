@@ -19,6 +19,7 @@ from vllm.v1.outputs import LogprobsTensors
 
 from ouro_runtime.cache.pages import LoopPages
 from ouro_runtime.cache.standin import StandIns
+from ouro_runtime.engine.cpu.adapters import RowAdapters
 from ouro_runtime.engine.cpu.sampler import StepSampler
 from ouro_runtime.engine.guesses import likeliest
 from ouro_runtime.engine.requests import LoopRequest
@@ -37,6 +38,7 @@ class CPUStep:
         model: the looped model (`cpu/model.py`). requests: what the worker remembers of each.
         sampler: samples between the passes. pages: the step's block tables.
         stand_ins: of all requests. metadata_builder: vLLM's, of the attention backend.
+        adapters: None without LoRA. adapter_ids: of the requests, [R] int64, 0 for none.
     """
 
     result: StepResult
@@ -50,9 +52,12 @@ class CPUStep:
         pages: LoopPages,
         stand_ins: StandIns,
         metadata_builder: Any,
+        adapters: RowAdapters | None,
+        adapter_ids: np.ndarray,
     ) -> None:
         self.model, self.requests, self.sampler = model, requests, sampler
         self.pages, self.stand_ins, self.metadata_builder = pages, stand_ins, metadata_builder
+        self.adapters, self.adapter_ids = adapters, adapter_ids
         self.slots = np.array([request.slot for request in requests], np.int64)
         self.asked = np.array([request.guesses is not None for request in requests], bool)
         self.seconds = dict.fromkeys(PARTS, 0.0)
@@ -115,6 +120,8 @@ class CPUStep:
 
     def prepare(self, rows: Rows, segments: Segments) -> None:
         with self._timed("metadata"):
+            if self.adapters is not None:
+                self.adapters.place(self.adapter_ids[rows.req])
             slots = torch.from_numpy(self.pages.slots(rows.req, rows.pos, rows.loop))
             longest = int(segments.seq_len.max())
             first = torch.from_numpy(segments.first)

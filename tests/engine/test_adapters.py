@@ -1,0 +1,152 @@
+"""LoRA: tokens and depths are those of the merged weights, whoever shares the passes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from vllm import LLM
+from vllm.lora.request import LoRARequest
+
+from tests.engine.adapters import merge, write_adapter
+from tests.engine.cases import CHECKPOINTS
+from tests.engine.compare import assert_same
+from tests.engine.harness import Output, assert_idle, engine, generate, greedy
+
+CHECKPOINT = CHECKPOINTS["t4-mha"]
+NAMES = ("base", "all", "attention")
+DEPTHS: list[dict[str, Any]] = [
+    {"exit_threshold": 1.0},
+    {"exit_threshold": 0.3},
+    {"exit_threshold": 0.5, "exit_mode": "exact"},
+    {"exit_threshold": 0.5, "exit_mode": "lossless"},
+    {"forced_depths": [1, 4, 2, 3]},
+]
+TOKENS = 24
+
+
+def prompts() -> list[list[int]]:
+    rng = random.Random(7)
+    return [[rng.randrange(256) for _ in range(length)] for length in (3, 40, 17, 5, 70)]
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return {
+        "all": write_adapter(folder / "all", CHECKPOINT, seed=1),
+        "attention": write_adapter(
+            folder / "attention", CHECKPOINT, seed=2, rank=2, targets=("q_proj", "v_proj")
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def merged(
+    adapters: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[list[Output]]]:
+    """By name and depth, what the merged checkpoints answer to the prompts."""
+    folder, answers = tmp_path_factory.mktemp("merged"), {}
+    for name in NAMES:
+        checkpoint = (
+            CHECKPOINT if name == "base" else merge(folder / name, CHECKPOINT, adapters[name])
+        )
+        with engine(checkpoint) as llm:
+            answers[name] = [generate(llm, prompts(), greedy(TOKENS, d)) for d in DEPTHS]
+    assert answers["base"][0][0].tokens != answers["all"][0][0].tokens
+    assert answers["base"][0][0].tokens != answers["attention"][0][0].tokens
+    return answers
+
+
+@pytest.fixture(scope="module")
+def serving() -> Iterator[LLM]:
+    options = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8, "max_cpu_loras": 2}
+    with engine(CHECKPOINT, enable_prefix_caching=True, max_num_seqs=16, **options) as llm:
+        yield llm
+
+
+def request_for(name: str, adapters: dict[str, str]) -> LoRARequest | None:
+    return None if name == "base" else LoRARequest(name, NAMES.index(name), adapters[name])
+
+
+def ask(llm: LLM, adapters: dict[str, str], asked: list[tuple[str, int, int]]) -> list[Output]:
+    """The answers to (adapter, prompt, depth) in one batch."""
+    answers = llm.generate(
+        [{"prompt_token_ids": prompts()[prompt]} for _, prompt, _ in asked],
+        [greedy(TOKENS, DEPTHS[depth]) for _, _, depth in asked],
+        lora_request=[request_for(name, adapters) for name, _, _ in asked],
+        use_tqdm=False,
+    )
+    return [Output.of(answer.outputs[0]) for answer in answers]
+
+
+def everything(seed: int) -> list[tuple[str, int, int]]:
+    """Every adapter with every prompt and depth, shuffled."""
+    asked = [(n, p, d) for n in NAMES for p in range(5) for d in range(len(DEPTHS))]
+    random.Random(seed).shuffle(asked)
+    return asked
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_crowd_of_adapters_answers_as_the_merged_weights(
+    serving: LLM, adapters: dict[str, str], merged: dict[str, list[list[Output]]], seed: int
+) -> None:
+    """The second time most prompts come out of the prefix cache: each from its own adapter's."""
+    asked = everything(seed)
+    for (name, prompt, depth), got in zip(asked, ask(serving, adapters, asked), strict=True):
+        assert_same(got, merged[name][depth][prompt])
+    assert_idle(serving)
+
+
+def test_one_adapter_alone_answers_as_in_the_crowd(
+    serving: LLM, adapters: dict[str, str], merged: dict[str, list[list[Output]]]
+) -> None:
+    for name in NAMES:
+        (got,) = ask(serving, adapters, [(name, 1, 1)])
+        assert_same(got, merged[name][1][1])
+
+
+def test_the_prefix_cache_keeps_adapters_apart(serving: LLM, adapters: dict[str, str]) -> None:
+    assert serving.reset_prefix_cache()
+
+    def hit(name: str) -> int:
+        answer = serving.generate(
+            {"prompt_token_ids": prompts()[4]},
+            greedy(1, DEPTHS[0]),
+            lora_request=request_for(name, adapters),
+            use_tqdm=False,
+        )[0]
+        return answer.num_cached_tokens or 0
+
+    assert [hit(name) for name in NAMES] == [0, 0, 0]
+    assert [hit(name) for name in NAMES] == [64, 64, 64]
+
+
+def test_adapters_give_up_their_places_to_others(
+    serving: LLM, adapters: dict[str, str], merged: dict[str, list[list[Output]]]
+) -> None:
+    """Four adapters for two slots."""
+    asked = []
+    for number in range(1, 5):
+        name = NAMES[1 + number % 2]
+        asked.append((LoRARequest(f"copy {number}", 10 + number, adapters[name]), name))
+    answers = serving.generate(
+        [{"prompt_token_ids": prompts()[0]}] * 4,
+        greedy(TOKENS, DEPTHS[1]),
+        lora_request=[request for request, _ in asked],
+        use_tqdm=False,
+    )
+    for answer, (_, name) in zip(answers, asked, strict=True):
+        assert_same(Output.of(answer.outputs[0]), merged[name][1][0])
+
+
+@pytest.mark.parametrize("target", ["early_exit_gate", "lm_head"])
+def test_an_adapter_of_what_is_not_adapted_is_refused(
+    serving: LLM, tmp_path: Any, target: str
+) -> None:
+    wrong = write_adapter(tmp_path / "a", CHECKPOINT, seed=3, targets=("q_proj", target))
+    with pytest.raises(Exception, match=rf"{target}") as refused:
+        serving.llm_engine.add_lora(LoRARequest("wrong", 50, wrong))
+    print(refused.value)

@@ -1,0 +1,114 @@
+"""LoRA adapters over HTTP: loaded at the start and later, chosen by name, with a preset too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ouro_server.checkpoint import shipped
+from tests.engine.adapters import write_adapter
+from tests.server.asking import ASK
+from tests.server.live import Live, start
+
+pytestmark = pytest.mark.slow
+
+ASKING: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": ASK, "max_tokens": 12},
+    "/v1/chat/completions/batch": {"messages": [ASK, ASK], "max_tokens": 12},
+    "/v1/completions": {"prompt": "one two", "max_tokens": 12},
+    "/v1/messages": {"messages": ASK, "max_tokens": 12},
+    "/v1/responses": {"input": "What is 2 + 3?", "max_output_tokens": 12},
+    "/invocations": {"messages": ASK, "max_tokens": 12},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Adapters of ouro-mini, by name."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate(("first", "second")):
+        write_adapter(folder / name, str(shipped()), seed=seed)
+    write_adapter(folder / "gate", str(shipped()), seed=2, targets=("q_proj", "early_exit_gate"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapted(folder: Path) -> Iterator[Live]:
+    options = ["--enable-lora", "--max-lora-rank", "8", "--max-loras", "2"]
+    options += ["--lora-modules", f"first={folder / 'first'}"]
+    with start(*options, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1") as server:
+        yield server
+
+
+def names(live: Live) -> list[str]:
+    return [model.id for model in live.client.models.list()]
+
+
+def text(live: Live, model: str, **fields: Any) -> str:
+    asked: dict[str, Any] = {"messages": ASK, "max_tokens": 12, "temperature": 0}
+    return (
+        live.client.chat.completions.create(model=model, **asked, **fields)
+        .choices[0]
+        .message.content
+    )
+
+
+def load(live: Live, name: str, place: Path) -> Any:
+    body = {"lora_name": name, "lora_path": str(place)}
+    return live.http.post("/v1/load_lora_adapter", json=body)
+
+
+def test_an_adapter_has_an_alias_for_every_preset(adapted: Live) -> None:
+    for name in ("ouro-mini", "first"):
+        assert {name, f"{name}@fast", f"{name}@full"} <= set(names(adapted))
+    assert text(adapted, "first") != text(adapted, "ouro-mini")
+    assert text(adapted, "first@full") == text(adapted, "first")
+    assert (
+        adapted.http.post(
+            "/v1/completions", json={"model": "first@slow", "prompt": "x"}
+        ).status_code
+        == 404
+    )
+
+
+@pytest.mark.parametrize("path", ASKING)
+def test_every_endpoint_takes_an_adapter_with_a_preset(adapted: Live, path: str) -> None:
+    for model, preset in (("first", None), ("first@fast", "fast")):
+        answer = adapted.http.post(path, json={"model": model, **ASKING[path]})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["model"] == model
+        said = answer.json()["usage"]["depth"]
+        assert (said["source"], said.get("preset")) == ("alias" if preset else "default", preset)
+
+
+def test_a_stream_names_the_alias(adapted: Live) -> None:
+    stream = adapted.client.chat.completions.create(
+        model="first@fast", messages=ASK, max_tokens=12, stream=True
+    )
+    assert {chunk.model for chunk in stream} == {"first@fast"}
+
+
+def test_adapters_come_and_go_while_it_serves(adapted: Live, folder: Path) -> None:
+    before = text(adapted, "first"), text(adapted, "ouro-mini")
+    assert load(adapted, "second", folder / "second").status_code == 200
+    assert {"second", "second@fast"} <= set(names(adapted))
+    assert text(adapted, "second@full") not in before
+    assert (text(adapted, "first"), text(adapted, "ouro-mini")) == before
+    body = {"lora_name": "second"}
+    assert adapted.http.post("/v1/unload_lora_adapter", json=body).status_code == 200
+    assert "second@fast" not in names(adapted)
+    gone = adapted.http.post("/v1/completions", json={"model": "second@fast", "prompt": "x"})
+    assert gone.status_code == 404
+
+
+def test_adapters_that_cannot_be_loaded_are_refused(adapted: Live, folder: Path) -> None:
+    assert load(adapted, "none", folder / "none").status_code == 404
+    gate = load(adapted, "gate", folder / "gate")
+    assert gate.status_code == 400
+    assert "early_exit_gate" in gate.json()["error"]["message"]
+    (folder / "empty").mkdir()
+    assert load(adapted, "empty", folder / "empty").status_code in (400, 404)
+    assert text(adapted, "first") != text(adapted, "ouro-mini")
