@@ -9,12 +9,10 @@ from unittest import mock
 import pytest
 
 from tests.cuda import bench
-from tests.engine.cases import CHECKPOINTS, Case, golden_cases
+from tests.engine.cases import Case, golden_cases
 from tests.engine.compare import LOGPROB_TOLERANCE, assert_case
 from tests.engine.harness import (
-    Arrival,
     Output,
-    drive,
     generate,
     generate_one,
     greedy,
@@ -63,7 +61,7 @@ def check(case: Case, out: Output, what: object) -> None:
     loops = T[case.checkpoint]
     assert min(out.loops_run) >= loops, "confirming runs every loop"
     for depth, drafted in zip(out.depths, out.drafts, strict=True):
-        assert depth == loops or depth == drafted, (case.name, what)
+        assert depth in (loops, drafted), (case.name, what)
     assert out.drafts[0] == out.drafts[-1] == 0, "neither a prompt nor a last token is drafted"
 
 

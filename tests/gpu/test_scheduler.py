@@ -22,6 +22,7 @@ from ouro_runtime.engine.cuda.scheduler import OuroAsyncScheduler, most_tokens
         (ExitParams(0.5, 4, 4, "skip"), 1),
         (ExitParams(1.0, 1, 2, "skip"), 2),
         (ExitParams(0.5, 1, 4, "exact"), 1),
+        (ExitParams(0.5, 1, 4, "lossless"), 1),
         (ExitParams(1.0, 1, 4, "skip", (4, 2)), 2),
         (ExitParams(1.0, 1, 4, "skip", (1,)), 4),
     ],
