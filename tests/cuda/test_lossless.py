@@ -12,7 +12,9 @@ from tests.cuda import bench
 from tests.engine.cases import Case, golden_cases
 from tests.engine.compare import LOGPROB_TOLERANCE, assert_case
 from tests.engine.harness import (
+    Arrival,
     Output,
+    drive,
     generate,
     generate_one,
     greedy,
@@ -159,3 +161,105 @@ def test_every_option_as_at_full_depth(llm: Any, options: dict[str, Any]) -> Non
     else:
         assert right > 20, "hardly a draft was right: this tests nothing"
     bench.assert_idle(llm)
+
+
+@bench.on("mini")
+def test_where_an_answer_ends(llm: Any) -> None:
+    """At `max_tokens`, the model's length, or a stop token, that was drafted or not."""
+    (ids,) = prompts(1)
+    limit = llm.llm_engine.vllm_config.model_config.max_model_len
+    (free,) = generate(llm, [ids], [greedy(16, FULL, logprobs=None)])
+    ends = [(ids, {"max_tokens": count}) for count in (1, 2, 5)]
+    ends += [(ids, {"stop_token_ids": [free.tokens[place]]}) for place in (0, 6, 7)]
+    ends += [((ids * limit)[: limit - spare], {"max_tokens": 50}) for spare in (1, 7)]
+    ways = [FULL, *(lossless(draft) for draft in DRAFTS[1:4])]
+    asked = [(prompt, {"max_tokens": 16, **end}, way) for prompt, end in ends for way in ways]
+    params = [greedy(**end, depth=way, logprobs=None) for _, end, way in asked]
+    outs = generate(llm, [prompt for prompt, _, _ in asked], params)
+    for index, ((_, end, way), out) in enumerate(zip(asked, outs, strict=True)):
+        same_answer((end, way), out, outs[index // len(ways) * len(ways)])
+        assert out.finish_reason == "stop" or out.drafts[-1] == 0, "it would start nothing"
+    assert [len(out.tokens) for out in outs[:: len(ways)]][-2:] == [1, 7]
+    bench.assert_idle(llm)
+
+
+@bench.on("mini")
+def test_an_abort_in_mid_flight_leaves_nothing_behind(llm: Any) -> None:
+    ids, drafts = prompts(4), bench.lane_state(llm).buffers.drafts
+    params = greedy(14, lossless({"exit_threshold": 0.0}), logprobs=None)
+    arrivals = [
+        Arrival(str(index), prompt, params, step=0, abort_after=4 if index in (1, 2) else None)
+        for index, prompt in enumerate(ids)
+    ]
+    flying, step = [], llm.llm_engine.step
+
+    def noting() -> Any:
+        flying.append(int(drafts.carried_alive.sum()))
+        return step()
+
+    with mock.patch.object(llm.llm_engine, "step", noting):
+        seen = drive(llm, arrivals)
+    assert max(flying) > 4, "nothing was in flight"
+    bench.assert_idle(llm)
+    assert not bench.lane_state(llm).requests._flights
+    for index in (0, 3):
+        (alone,) = generate(llm, [ids[index]], [greedy(14, FULL, logprobs=None)])
+        same_answer(index, seen[str(index), 0], alone)
+
+
+@bench.on("mini")
+def test_what_is_confirmed_is_published_and_nothing_else(llm: Any) -> None:
+    (ids,) = prompts(1)
+    full = greedy(60, FULL, logprobs=None, skip_reading_prefix_cache=True)
+    (answer,) = generate(llm, [ids], [full])
+    for draft in DRAFTS[:4]:
+        llm.reset_prefix_cache()
+        (first,) = generate(llm, [ids], [greedy(45, lossless(draft), logprobs=None)])
+        assert first.tokens == answer.tokens[:45], draft
+        longer = {"prompt_token_ids": [*ids, *first.tokens]}
+        (second,) = llm.generate([longer], greedy(15, FULL, logprobs=None), use_tqdm=False)
+        known = len(longer["prompt_token_ids"])
+        assert second.num_cached_tokens == (known - 1) // bench.BLOCK * bench.BLOCK, draft
+        assert list(second.outputs[0].token_ids) == answer.tokens[45:], draft
+
+
+def crowd(llm: Any, count: int, seed: int, longest: int) -> None:
+    """Requests of every mode with any options, which come and go, against each alone; a lossless
+    one at full depth."""
+    rng = random.Random(seed)
+    others = [FULL, {"exit_threshold": 0.3}, {"exit_threshold": 0.3, "exit_mode": "exact"}]
+    arrivals = []
+    for index, prompt in enumerate(prompts(count, seed)):
+        depth = rng.choice(others) if index % 3 == 2 else lossless(rng.choice(DRAFTS))
+        params = greedy(rng.randint(4, longest), depth, **rng.choice(OPTIONS))
+        gone = 4 if rng.random() < 0.15 else None
+        arrivals.append(Arrival(str(index), prompt, params, index // 3, gone))
+    seen = drive(llm, arrivals)
+    bench.assert_idle(llm)
+    right = 0
+    for arrival in arrivals:
+        if arrival.abort_after is not None:
+            continue
+        alone, depth = arrival.params.clone(), arrival.params.extra_args
+        got = seen[arrival.name, 0]
+        if depth.get("exit_mode") == "lossless":
+            alone.extra_args = FULL
+            known = zip(got.drafts, got.depths, strict=True)
+            right += sum(0 < drafted == depth for drafted, depth in known)
+        same_answer((arrival.name, depth), got, generate_one(llm, arrival.prompt, alone))
+    assert right > count, "hardly a draft was right: this tests nothing"
+
+
+@bench.on("mini")
+def test_whatever_a_crowd_asks_for_each_gets_what_it_gets_alone(llm: Any) -> None:
+    crowd(llm, 10, seed=1, longest=14)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("options", [{}, bench.CRAMPED], ids=["roomy", "cramped"])
+@pytest.mark.parametrize("seed", range(3))
+def test_larger_crowds(options: dict[str, Any], asynchronous: bool, seed: int) -> None:
+    options = {**options, "async_scheduling": asynchronous, "max_model_len": 96}
+    with bench.engine(str(bench.MINI), **options) as llm:
+        crowd(llm, 20, 2 + seed, longest=40)

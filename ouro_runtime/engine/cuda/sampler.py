@@ -98,6 +98,8 @@ class StepSampling:
         self.sampler, self.batch, self.loops = sampler, batch, loops
         self.input_ids, self.rows = input_ids, rows
         device = batch.idx_mapping.device
+        if rows is not None:
+            self._rows = async_tensor_h2d(rows, device=device)
         dims = sampler.get_logprobs_dims(batch.idx_mapping_np)
         self.logprobs: Logprobs | None = None
         if dims is not None:
@@ -123,8 +125,7 @@ class StepSampling:
         """Tokens [M] int64 of `lanes` [M], whose heads are at `positions` [M]."""
         rows, rows_np = lanes, lanes_np
         if self.rows is not None:
-            rows_np = self.rows[lanes_np]
-            rows = async_tensor_h2d(rows_np, device=lanes.device)
+            rows, rows_np = self._rows[lanes], self.rows[lanes_np]
         # A lane moves T - 1 positions in a step at most, and may begin as many behind the first.
         ahead = (self.loops - 1) * (1 if self.rows is None else 2)
         part = lane_batch(self.batch, rows, rows_np, positions, self.input_ids[lanes], ahead)

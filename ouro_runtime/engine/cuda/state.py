@@ -255,9 +255,12 @@ class OuroModelState(ModelState):
             held: nobody is drafted in a step of its kind. What is in flight is dropped then, but
                 for each request's oldest position, which goes on.
         """
-        rule = np.array([self.drafts.get(req_id, -1) for req_id in batch.req_ids])
         slots = batch.idx_mapping_np
-        wanted = (rule >= 0) & (not held)
+        if held or not self.drafts:
+            self.requests.flying[slots] = False
+            return None
+        rule = np.array([self.drafts.get(req_id, -1) for req_id in batch.req_ids])
+        wanted = rule >= 0
         for place in np.nonzero(wanted)[0]:
             wanted[place] = not remembers(self.sampler, slots[[place]])
         return self.requests.layout(slots, wanted, rule)
