@@ -248,9 +248,12 @@ def assert_idle(llm: Any) -> None:
         scheduler._filled,
         scheduler._most,
         scheduler._flight,
+        scheduler._loop,
+        scheduler.drafts._seats,
         runner.req_states.req_id_to_index,
         requests._slot,
         requests._depths,
+        requests._flights,
         requests._epoch,
     ):
         assert not left, left
