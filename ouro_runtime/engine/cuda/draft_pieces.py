@@ -108,9 +108,10 @@ def settle(
     read, leaves = b.read_mask[:lanes], b.exit_mask[:lanes] & on
     drafted, draft, done = d.drafted[:lanes], d.draft[:lanes], b.loop[:lanes] + 1
     right = leaves & (drafted > 0) & (draft == tokens)
+    # Behind a token that ends its request nothing was started, nor is.
     ended = (tokens[:, None] == b.stops[:lanes]).any(1)
-    cut = by_row(leaves & (~right | ended), d) > 0
-    gone = on & active & ~leaves & cut[d.rows[:lanes]]
+    wrong = by_row(leaves & ~right, d) > 0
+    gone = on & active & ~leaves & wrong[d.rows[:lanes]]
 
     depth = torch.where(on, torch.where(right, drafted, done), b.depth[:lanes])
     final = read & (leaves | ~on)
