@@ -9,14 +9,14 @@ import pytest
 from vllm import SamplingParams
 
 from ouro_runtime.engine.cuda.draft_choice import KINDS
-from tests.gpu.lossless import LANES, SLOTS, VOCAB, Device, lane_engine_draw
+from tests.gpu.device import DRAW, LANES, SLOTS, VOCAB, Device
 
 pytestmark = pytest.mark.usefixtures("drawn")
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(*lane_engine_draw)
+    monkeypatch.setattr(*DRAW)
 
 
 def asked(rng: random.Random, loops: int) -> dict[str, Any]:

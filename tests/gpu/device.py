@@ -43,7 +43,7 @@ def draw(sampler: Any, b: LaneBuffers, logits: torch.Tensor) -> torch.Tensor:
     return (logits + b.temperature[:lanes, None] * noise).argmax(1)
 
 
-lane_engine_draw = (lane_engine, "sample_plain", draw)
+DRAW = (lane_engine, "sample_plain", draw)
 """What a test patches: vLLM's sampler is written in Triton."""
 
 
