@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ouro_runtime.config import LOSSLESS, ExitParams
+
 CLASSES = (0.1, 0.5)
 """Bounds of the classes of the gate's CDF: a gate that knows tells them apart, one that does not
 makes them alike."""
@@ -27,6 +29,26 @@ PRIOR = 4.0
 
 FIRST_WAIT, LONGEST_WAIT = 16, 1024
 """Read-outs passed by before a loop and class that did not pay is tried again."""
+
+
+def draft_rule(params: ExitParams, single: bool, loops: int) -> tuple[float, int, int] | None:
+    """(threshold, least, most loops) of the exit rule of a request's drafts, where the same one
+    holds for all of them; None if it is not drafted. A `guided` request's fires at no draft: the
+    `DraftRule` says where to.
+
+    Args:
+        single: at most one token in a step. loops: T.
+    """
+    if params.exit_mode != LOSSLESS or single or loops < 2:
+        return None
+    if params.guided:
+        return 1.0, 1, loops
+    if params.forced_depths:
+        low, high = min(params.forced_depths), max(params.forced_depths)
+        return (1.0, low, high) if low == high < loops else None
+    threshold, most = params.exit_threshold, params.max_loops
+    never = params.min_loops == loops or (threshold >= 1 and most == loops)
+    return None if never else (threshold, params.min_loops, most)
 
 
 class DraftRule:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ouro_runtime.config import ExitParams
+from ouro_runtime.config import LOSSLESS, ExitParams
 from ouro_runtime.loop.limits import forced_place
 
 
@@ -43,7 +43,8 @@ class LaneBook:
         self.low = np.ones(slots, np.int32)
         self.high = np.full(slots, loops, np.int32)
         self.threshold = np.ones(slots, np.float32)
-        self.exact = np.zeros(slots, bool)
+        self.exact = np.zeros(slots, bool)  # every position runs every loop
+        self.lossless = np.zeros(slots, bool)
         self.single = np.zeros(slots, bool)
         self._phases = np.ones(slots, np.int64)  # bit n: n loops may be done
         self._token = np.zeros(slots, np.int64)
@@ -60,11 +61,16 @@ class LaneBook:
             token: index of the first token it will bring: the number it has already (a request
                 that was preempted).
             single: at most one token in a step.
+
+        A lossless request is planned as one of full depth; what its drafts do, the device says.
         """
+        self.lossless[slot] = params.exit_mode == LOSSLESS
+        self.exact[slot] = params.exit_mode == "exact" or self.lossless[slot]
+        if self.lossless[slot]:
+            params = ExitParams(1.0, 1, self.loops, LOSSLESS)
         forced = params.forced_depths
         self.low[slot], self.high[slot] = params.min_loops, params.max_loops
         self.threshold[slot] = params.gate_threshold
-        self.exact[slot] = params.exit_mode == "exact"
         self.single[slot] = single
         self._phases[slot] = 1
         self._token[slot] = token
@@ -74,6 +80,11 @@ class LaneBook:
             wider[:, : self._forced.shape[1]] = self._forced
             self._forced = wider
         self._forced[slot, : len(forced)] = forced
+
+    def drafted(self, slots: np.ndarray) -> None:
+        """Requests in `slots` may be left with any number of loops behind their oldest position in
+        flight: the step at hand drafts them."""
+        self._phases[slots] = self._reach[0] & ~self._reach[self.loops]
 
     def plan(self, slots: np.ndarray, decoding: np.ndarray, heads: np.ndarray) -> LanePlan:
         """Plan a step, and note what lanes may be left with.

@@ -39,6 +39,7 @@ from unittest import mock
 
 BLOCK = 16
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
+MINI = GOLDEN.parent.parent / "ouro_runtime" / "checkpoints" / "ouro-mini"
 CRAMPED: dict[str, Any] = {
     "max_model_len": 96,
     "max_num_seqs": 6,
@@ -59,10 +60,11 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "cramped": (str(GOLDEN / "t4-mha"), CRAMPED),
+    "mini": (str(MINI), {"max_model_len": 128, "enable_prefix_caching": True}),
 }
 """Checkpoint and options of the engines that tests share. t6: six loops, grouped queries. t4: four
 loops, a tokenizer whose ids are bytes, a prefix cache. cramped: prompts come in chunks, requests
-are preempted."""
+are preempted. mini: four loops, trained, so that drafts are often right."""
 
 
 def set_up() -> None:
@@ -246,9 +248,12 @@ def assert_idle(llm: Any) -> None:
         scheduler._filled,
         scheduler._most,
         scheduler._flight,
+        scheduler._loop,
+        scheduler.drafts._seats,
         runner.req_states.req_id_to_index,
         requests._slot,
         requests._depths,
+        requests._flights,
         requests._epoch,
     ):
         assert not left, left

@@ -92,6 +92,30 @@ def test_golden_cases_by_replays_of_what_was_captured(llm: Any, captured: Counte
 
 
 @bench.on("t4")
+def test_drafts_by_replays_of_what_was_captured(llm: Any, captured: Counter[int]) -> None:
+    """A request has four lanes, in a bucket of eight."""
+    state = bench.lane_state(llm)
+    assert state.graphs.draft_buckets == (8,)
+    (case, *_) = golden_cases("t4-mha", ("full",))
+    depth, played = {"exit_mode": "lossless", "exit_threshold": 0.0}, Counter[str]()
+    replay = state.graphs.replay
+
+    def noting(piece: str, lanes: int) -> bool:
+        there = replay(piece, lanes)
+        played[piece] += there
+        return there
+
+    params = greedy(len(case.tokens), depth, **PLAIN)
+    with mock.patch.object(state.graphs, "replay", noting):
+        (out,) = generate(llm, [case.prompt], [params])
+    assert tuple(out.tokens) == case.tokens and any(out.drafts)
+    steps = played["draft_begin"]
+    assert steps > 2 and played["draft_carry"] == steps
+    assert all(played[f"draft_{piece}"] == 4 * steps for piece in ("block", "read", "advance"))
+    assert captured[8] == (2 + 3 * 4) * steps
+
+
+@bench.on("t4")
 def test_a_prompt_beside_lanes_is_no_step_that_was_captured(
     llm: Any, captured: Counter[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

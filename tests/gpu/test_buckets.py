@@ -2,7 +2,12 @@
 
 import pytest
 
-from ouro_runtime.engine.cuda.buckets import bucket_for, pass_buckets
+from ouro_runtime.engine.cuda.buckets import (
+    MOST_DRAFT_LANES,
+    bucket_for,
+    draft_lanes,
+    pass_buckets,
+)
 
 
 def test_buckets_are_the_capture_sizes_that_fit_and_the_most_lanes() -> None:
@@ -33,3 +38,18 @@ def test_a_batch_runs_in_the_smallest_bucket_that_holds_it() -> None:
         bucket = bucket_for(buckets, lanes)
         assert bucket is not None and bucket >= lanes
         assert all(other < lanes for other in buckets if other < bucket)
+
+
+def test_drafts_have_as_many_lanes_as_a_pass_takes_for_nothing() -> None:
+    assert draft_lanes([], 256, 4, True) == MOST_DRAFT_LANES
+    assert draft_lanes([1, 2, 4, 512], 8, 4, True) == 32, "T of each request"
+    assert draft_lanes([1, 2, 4, 16], 256, 4, True) == 16, "a larger step would run uncaptured"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "loops", "drafts"), [([1, 2], 4, True), ([], 1, True), ([], 4, False)]
+)
+def test_where_nothing_is_drafted_there_are_none(
+    sizes: list[int], loops: int, drafts: bool
+) -> None:
+    assert draft_lanes(sizes, 256, loops, drafts) == 0

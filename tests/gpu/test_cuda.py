@@ -91,6 +91,35 @@ def test_forced_depths_come_out(run: tuple[str, Any]) -> None:
         assert out.depths == [depths[i % len(depths)] for i in range(17)]
 
 
+@pytest.mark.parametrize("logprobs", [None, 1], ids=["pieces", "sampler"])
+def test_lossless_is_the_answer_of_every_loop(run: tuple[str, Any], logprobs: int | None) -> None:
+    """Beside requests that skip; drafted at several thresholds, and where the rule says."""
+    from tests.engine.harness import generate, greedy
+
+    checkpoint, llm = run
+    loops = llm.llm_engine.vllm_config.model_config.hf_config.total_ut_steps
+    full, skip = golden_cases(checkpoint, ("full",)), golden_cases(checkpoint, ("skip",))[::5]
+    ways: list[dict[str, Any]] = [{}, *({"exit_threshold": q} for q in (0.0, 0.2, 0.5))]
+    drafted = [(case, {"exit_mode": "lossless", **way}) for case in full for way in ways]
+    asked = [*drafted, *((case, case.depth_fields) for case in skip)]
+    for start in range(0, len(asked), 8):
+        part = asked[start : start + 8]
+        outputs = generate(
+            llm,
+            [case.prompt for case, _ in part],
+            [greedy(len(case.tokens), depth, logprobs=logprobs) for case, depth in part],
+        )
+        for (case, depth), out in zip(part, outputs, strict=True):
+            if case.mode == "skip":
+                check(case, out.tokens, out.depths)
+                continue
+            check(case, out.tokens, list(case.depths))
+            assert min(out.loops_run) >= loops
+            assert depth.get("exit_threshold") != 0.0 or any(out.drafts[1:-1])
+            known = zip(out.depths, out.drafts, strict=True)
+            assert all(loop in (draft, loops) for loop, draft in known)
+
+
 def test_seeds_penalties_and_stops(run: tuple[str, Any]) -> None:
     from tests.engine.harness import generate, greedy
 

@@ -21,7 +21,8 @@ TABLE = torch.zeros(16, H)
 
 
 def engine(loops: int, alone: bool) -> LaneEngine:
-    buffers = LaneBuffers(LANES, LANES, LANES, loops, H, torch.float32, "cpu")
+    drafts = loops > 1
+    buffers = LaneBuffers(LANES, LANES, LANES, loops, H, torch.float32, "cpu", drafts)
     shape = LaneShape(loops, 16, torch.zeros(H), torch.zeros(1))
     vocabulary: Any = SimpleNamespace(alone=alone, embedding=lambda tokens, _: (TABLE, tokens))
     blocks = torch.zeros(LANES, 2, dtype=torch.int32)
@@ -37,14 +38,23 @@ def test_every_number_of_loops_can_be_captured(loops: int, monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     captured = StepGraphs(torch.device("cpu"))
     monkeypatch.setattr(captured, "_record", partial)
-    pieces = engine(loops, alone=True).capturable()
+    made = engine(loops, alone=True)
+    pieces, drafting = made.capturable(), made.capturable(drafts=True)
     assert list(pieces) == ["begin", "block", "read", *["advance"] * (loops > 1), "carry"]
     # Those need a model; the others are run as the capture runs them.
     stubs = dict.fromkeys(("block", "read"), lambda lanes: None)
-    captured.capture((1, LANES), pieces | stubs)
-    assert captured.buckets == (1, LANES)
-    assert captured._graphs.keys() == {(name, lanes) for name in pieces for lanes in (1, LANES)}
+    assert list(drafting) == [f"draft_{name}" for name in pieces if loops > 1]
+    draft_stubs = {f"draft_{name}": stub for name, stub in stubs.items() if drafting}
+    captured.capture((1, LANES), pieces | stubs, (LANES,), drafting | draft_stubs)
+    assert captured.buckets == (1, LANES) and captured.draft_buckets == (LANES,)
+    expected = {(name, lanes) for name in pieces for lanes in (1, LANES)}
+    assert captured._graphs.keys() == expected | {(name, LANES) for name in drafting}
+    assert [captured.width(2, drafts) for drafts in (False, True)] == [LANES, LANES]
+    assert [captured.width(1, drafts) for drafts in (False, True)] == [1, LANES]
 
 
 def test_pieces_that_talk_to_other_processes_are_not_captured() -> None:
-    assert list(engine(4, alone=False).capturable()) == ["begin", "block", "carry"]
+    alone = engine(4, alone=False)
+    assert list(alone.capturable()) == ["begin", "block", "carry"]
+    names = ["draft_begin", "draft_block", "draft_carry"]
+    assert list(alone.capturable(drafts=True)) == names

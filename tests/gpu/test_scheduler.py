@@ -8,6 +8,7 @@ import pytest
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from ouro_runtime.config import ExitParams
+from ouro_runtime.engine.cuda.draft_choice import DraftChoice
 from ouro_runtime.engine.cuda.scheduler import OuroAsyncScheduler, most_tokens
 
 
@@ -21,6 +22,7 @@ from ouro_runtime.engine.cuda.scheduler import OuroAsyncScheduler, most_tokens
         (ExitParams(0.5, 4, 4, "skip"), 1),
         (ExitParams(1.0, 1, 2, "skip"), 2),
         (ExitParams(0.5, 1, 4, "exact"), 1),
+        (ExitParams(0.5, 1, 4, "lossless"), 1),
         (ExitParams(1.0, 1, 4, "skip", (4, 2)), 2),
         (ExitParams(1.0, 1, 4, "skip", (1,)), 4),
     ],
@@ -47,6 +49,7 @@ def test_what_a_preempted_request_had_in_flight_is_not_expected_again(
     )
     scheduler.requests = {"a": request}
     scheduler._filled, scheduler._most, scheduler._flight = {}, {"a": 4}, {"a": deque([4, 3])}
+    scheduler.drafts = DraftChoice(4, 0)
     monkeypatch.setattr(AsyncScheduler, "_update_after_schedule", lambda *_: None)
 
     def schedule(new: list[Any]) -> None:

@@ -227,11 +227,11 @@ def test_depths_are_noted_once_however_often_an_output_is_asked_for() -> None:
     output = LaneOutput.__new__(LaneOutput)
     output._inner = SimpleNamespace(get_output=lambda: SimpleNamespace(sampled_token_ids=[[5]]))
     output._bill = SimpleNamespace(settle=lambda packed, count: (packed, count.tolist()))
-    output._note = lambda bill, settled: noted.append(settled)
+    output._note = lambda bill, settled, tokens: noted.append((settled, tokens))
     output._event = SimpleNamespace(synchronize=lambda: None)
     output._packed, output._settled = "packed", None
     assert [output.get_output().ouro for _ in range(2)] == [("packed", [1])] * 2
-    assert noted == [("packed", [1])]
+    assert noted == [(("packed", [1]), [[5]])]
 
 
 @pytest.mark.parametrize(("in_flight", "read"), [(1, [1, 2, 3]), (2, [1, 2])])

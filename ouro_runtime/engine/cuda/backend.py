@@ -22,6 +22,9 @@ class LaneShape:
 class StepInputs:
     """What a step starts from: R lanes (one per request), N rows in the order of the batch.
 
+    In a step with drafts, too, row i is lane i; there are more lanes than rows, L, and where it
+    says R of lanes below it is L.
+
     Attributes:
         lanes: R.
         head_rows: [R] int64, the row of each lane; None if row i is lane i (then N = R).
@@ -33,6 +36,8 @@ class StepInputs:
         row_stop: [N] int32, loops after which a row's K/V stand in for its deeper ones (positions
             computed again after a preemption); None if all rows run every loop.
         defer: [R] bool, lanes sampled after the step (their tokens need the host); None if none.
+        drafts: requests may be drafted; then whoever may be read out is among the candidates of
+            every pass, which are all lanes.
     """
 
     lanes: int
@@ -46,6 +51,7 @@ class StepInputs:
     plain: bool = False
     row_stop: torch.Tensor | None = None
     defer: torch.Tensor | None = None
+    drafts: bool = False
 
 
 @dataclass
@@ -74,7 +80,8 @@ class LaneBackend(Protocol):
 
         The pieces are `begin`, `advance` and `carry` of `cuda/pieces.py`; `block`: one pass over
         one row per request and the gate, where every cell also writes its K/V into its deeper loops
-        (`fill_copies`); and `read`: whoever leaves is read out, sampled and takes its token.
+        (`fill_copies`); and `read`: whoever leaves is read out, sampled and takes its token. In
+        steps with drafts `draft_begin` and so on: those of `cuda/draft_pieces.py`.
         """
 
     def run_rows(self, view: RowView) -> None:
@@ -92,6 +99,15 @@ class LaneBackend(Protocol):
         """Tokens [M] int64 of `lanes` [M] whose heads are at `positions` [M], in pass `step`."""
 
     def sampled(
-        self, lanes: torch.Tensor, read: torch.Tensor, tokens: torch.Tensor, place: torch.Tensor
+        self,
+        requests: torch.Tensor,
+        read: torch.Tensor,
+        tokens: torch.Tensor,
+        place: torch.Tensor,
+        sampled: torch.Tensor | None = None,
     ) -> None:
-        """Those of `lanes` that were `read` [M] took their tokens, at `place` of the record."""
+        """Those of `requests` that were `read` [M] took their tokens, at `place` of the record.
+
+        Args:
+            sampled: [M], which of the lanes just sampled each was; None: in their order.
+        """

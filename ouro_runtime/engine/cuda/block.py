@@ -71,12 +71,19 @@ class BlockParts:
 
 
 def lane_block(
-    parts: BlockParts, buffers: LaneBuffers, lanes: int, block_table: torch.Tensor
+    parts: BlockParts,
+    buffers: LaneBuffers,
+    lanes: int,
+    block_table: torch.Tensor,
+    rows: torch.Tensor | None = None,
 ) -> None:
     """One pass over the first `lanes` rows of `buffers.hidden`, in place: normed states after it.
 
     Every cell writes K/V into its own loop's slot and `fill_copies` deeper ones. Rows without a
     slot neither read nor write K/V; their states mean nothing.
+
+    Args:
+        rows: [lanes] int32, each lane's row of the block table; None: its own number.
     """
     b = buffers
     hidden = b.hidden[:lanes]
@@ -100,11 +107,12 @@ def lane_block(
             q,
             layer.k_cache,
             layer.v_cache,
-            block_table[:lanes],
+            block_table if rows is not None else block_table[:lanes],
             b.loop[:lanes],
             b.seq_lens[:lanes],
             parts.loops,
             parts.scale,
+            rows,
             k_scale=layer.k_scale,
             v_scale=layer.v_scale,
             num_splits=splits,

@@ -5,6 +5,21 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
+MOST_DRAFT_LANES = 64
+"""Lanes of a step with drafts. Up to about so many rows a pass takes as long as its weights take to
+be read; beyond, a further row costs what its draft saves."""
+
+
+def draft_lanes(sizes: Iterable[int], requests: int, loops: int, drafts: bool) -> int:
+    """The most lanes of a step with drafts; 0 if there are no such steps.
+
+    Args:
+        sizes: `cudagraph_capture_sizes`; empty if nothing is captured. requests: that may run at
+            once. loops: T. drafts: whether the server drafts at all.
+    """
+    most = min(MOST_DRAFT_LANES, requests * loops, max(sizes, default=MOST_DRAFT_LANES))
+    return most if drafts and 1 < loops <= most else 0
+
 
 def pass_buckets(sizes: Iterable[int], lanes: int) -> tuple[int, ...]:
     """The lane counts to capture, ascending: vLLM's capture sizes that fit, and the most lanes.

@@ -13,7 +13,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 from ouro_kernels import CacheTable, read_out, standin_fill
-from ouro_runtime.engine.cuda import pieces
+from ouro_runtime.engine.cuda import draft_pieces, pieces
 from ouro_runtime.engine.cuda.backend import LaneShape, RowView
 from ouro_runtime.engine.cuda.block import BlockParts, lane_block, parts_of
 from ouro_runtime.engine.cuda.graphs import StepGraphs
@@ -63,21 +63,33 @@ class LaneEngine:
             "advance": self._advance,
             "carry": partial(pieces.carry, buffers),
         }
+        if buffers.drafts is not None:
+            self._pieces |= {
+                "draft_begin": partial(draft_pieces.begin, buffers, shape, block_table=block_table),
+                "draft_block": self._draft_block,
+                "draft_read": self._draft_read,
+                "draft_advance": self._draft_advance,
+                "draft_carry": partial(draft_pieces.carry, buffers, shape),
+            }
 
     def begin(self, batch: Any, sampling: StepSampling, candidates: list[np.ndarray]) -> None:
         """A step over `batch` (vLLM's `InputBatch`) begins; `candidates`: see `LanePlan`."""
         self.batch, self.sampling, self.candidates = batch, sampling, candidates
 
-    def capturable(self) -> dict[str, Callable[[int], None]]:
+    def capturable(self, drafts: bool = False) -> dict[str, Callable[[int], None]]:
         """The pieces that a graph may hold, in the order of a step: all that it plays, but those
-        that talk to other processes."""
+        that talk to other processes.
+
+        Args:
+            drafts: those of a step with drafts.
+        """
         left_out = set() if self.vocabulary.alone else {"read", "advance"}
         if self.shape.loops == 1:
             left_out.add("advance")
         return {
             name: partial(run, self.buffers.hidden)
             for name, run in self._pieces.items()
-            if name not in left_out
+            if name.startswith("draft_") == drafts and name.removeprefix("draft_") not in left_out
         }
 
     def _block(self, states: torch.Tensor, lanes: int) -> None:
@@ -96,6 +108,26 @@ class LaneEngine:
         b = self.buffers
         embedding = self.vocabulary.embedding(b.tokens[:lanes], b.numbers[:lanes])
         pieces.advance(b, self.shape, states, lanes, embedding, self.block_table)
+
+    # Of a step with drafts: a lane's row of the block table is its request's.
+
+    def _draft_block(self, states: torch.Tensor, lanes: int) -> None:
+        assert self.parts is not None
+        rows = draft_pieces.of(self.buffers).row[:lanes]
+        lane_block(self.parts, self.buffers, lanes, self.block_table, rows)
+        pieces.gate(self.buffers, self.shape, states, lanes)
+        draft_pieces.choose(self.buffers, self.shape, lanes)
+
+    def _draft_read(self, states: torch.Tensor, lanes: int) -> None:
+        b = self.buffers
+        logits = self.vocabulary.logits(states[:lanes], b.read_mask[:lanes])
+        draft_pieces.settle(b, self.shape, lanes, sample_plain(self.sampler, b, logits))
+
+    def _draft_advance(self, states: torch.Tensor, lanes: int) -> None:
+        b = self.buffers
+        embedding = self.vocabulary.embedding(b.tokens[:lanes], b.numbers[:lanes])
+        rows = draft_pieces.of(b).row[:lanes]
+        pieces.advance(b, self.shape, states, lanes, embedding, self.block_table, rows)
 
     # ---- LaneBackend ----------------------------------------------------------------------------
 
@@ -121,10 +153,15 @@ class LaneEngine:
         return self.sampling.sample(lanes, self.candidates[step], logits, positions)
 
     def sampled(
-        self, lanes: torch.Tensor, read: torch.Tensor, tokens: torch.Tensor, place: torch.Tensor
+        self,
+        requests: torch.Tensor,
+        read: torch.Tensor,
+        tokens: torch.Tensor,
+        place: torch.Tensor,
+        sampled: torch.Tensor | None = None,
     ) -> None:
         assert self.sampling is not None
-        self.sampling.commit(lanes, read, tokens, place)
+        self.sampling.commit(requests, read, tokens, place, sampled)
 
 
 class Vocabulary:

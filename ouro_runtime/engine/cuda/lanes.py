@@ -22,7 +22,10 @@ class LaneBuffers:
 
     Args:
         rows: most rows of a pass. lanes: most lanes. slots: request slots. loops: T.
-        hidden: H. dtype: of hidden states.
+        hidden: H. dtype: of hidden states. drafts: a request may have T positions in flight.
+
+    Attributes:
+        drafts: what only steps with drafts use; None without.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class LaneBuffers:
         hidden: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        drafts: bool = False,
     ) -> None:
         def ints(*size: int) -> torch.Tensor:
             return torch.zeros(size, dtype=torch.int32, device=device)
@@ -62,10 +66,13 @@ class LaneBuffers:
         self.active, self.run_all, self.finished, self.decoding = (flags(lanes) for _ in range(4))
         self.history = floats(lanes, loops)  # survival after each loop of the token at hand
         self.exit_mask, self.read_mask = flags(lanes), flags(lanes)
-        # Carried from step to step, by request slot; the last one is for lanes that only pad.
-        self.carried_hidden = torch.zeros(slots + 1, hidden, dtype=dtype, device=device)
-        self.carried_loop, self.carried_survival = ints(slots + 1), floats(slots + 1)
-        self.carried_history = floats(slots + 1, loops)
+        # Carried from step to step, by request slot; the last one is for lanes that only pad. With
+        # drafts T times over: the k-th time for the k-th position after the oldest in flight.
+        places = (slots + 1) * (loops if drafts else 1)
+        self.carried_hidden = torch.zeros(places, hidden, dtype=dtype, device=device)
+        self.carried_loop, self.carried_survival = ints(places), floats(places)
+        self.carried_history = floats(places, loops)
+        self.drafts = DraftBuffers(lanes, places, loops, device) if drafts else None
         # The step's: what the host said of it, the number of the pass at hand, what it brought.
         self.params = ints(LaneParams.rows(loops) * lanes)
         self.step = longs(1)
@@ -80,6 +87,49 @@ class LaneBuffers:
         """Where the packed `LaneParams` of `lanes` lanes lie."""
         rows = LaneParams.rows(self.record.tokens.shape[1])
         return self.params[: rows * lanes].view(rows, lanes)
+
+
+class DraftBuffers:
+    """What only steps with drafts use: of lanes, of what is carried, and of the record.
+
+    A drafted request has T lanes: `place` k of it begins a step k positions after the oldest one
+    in flight, and position p + 1 is started by `before`, the lane of p.
+
+    Args:
+        lanes: most lanes. places: of what is carried. loops: T.
+    """
+
+    def __init__(self, lanes: int, places: int, loops: int, device: torch.device | str) -> None:
+        def ints(*size: int) -> torch.Tensor:
+            return torch.zeros(size, dtype=torch.int32, device=device)
+
+        def longs(*size: int) -> torch.Tensor:
+            return torch.zeros(size, dtype=torch.int64, device=device)
+
+        def flags(*size: int) -> torch.Tensor:
+            return torch.zeros(size, dtype=torch.bool, device=device)
+
+        self.params = ints(len(DRAFT_COLUMNS) * lanes)
+        # Of lanes, see `DraftLayout`; `row` twice, as kernels and as indexing take it. `draft` is
+        # the token drafted here, at loop `drafted`; 0 if none was.
+        self.row, self.rows = ints(lanes), longs(lanes)
+        self.before, self.place = longs(lanes), longs(lanes)
+        self.on, self.again, self.rule = flags(lanes), flags(lanes), longs(lanes)
+        self.drafted, self.draft = ints(lanes), longs(lanes)
+        self.carried_alive = flags(places)
+        self.carried_drafted, self.carried_draft = ints(places), longs(places)
+        # The record, by request. By token: the loop it was drafted at; drafts, and cells, of later
+        # positions dropped with it. By loop: cells run. See `Flight` for the last.
+        self.made, self.dropped, self.waste, self.cells = (ints(lanes, loops) for _ in "1234")
+        self.flight = ints(lanes, FLIGHT)
+
+    def packed(self, lanes: int) -> torch.Tensor:
+        """Where the packed `DraftLayout` of `lanes` lanes lies."""
+        return self.params[: len(DRAFT_COLUMNS) * lanes].view(-1, lanes)
+
+
+DRAFT_COLUMNS = ("row", "before", "place", "on", "again", "rule")
+FLIGHT = 4
 
 
 @dataclass

@@ -29,6 +29,12 @@ def begin(b: LaneBuffers, shape: LaneShape, states: torch.Tensor, lanes: int) ->
 
     Reads the packed `LaneParams`, `positions`, `logical`, and `states` of lanes at loop 0.
     """
+    take_up(b, states, lanes)
+    enter(b, shape, lanes)
+
+
+def take_up(b: LaneBuffers, states: torch.Tensor, lanes: int) -> None:
+    """The lanes' state, as they were left; nothing of the step was brought yet."""
     f = LaneParams.unpack(b.packed(lanes))
     record = b.record.first(lanes)
     request = b.request[:lanes]
@@ -48,14 +54,19 @@ def begin(b: LaneBuffers, shape: LaneShape, states: torch.Tensor, lanes: int) ->
     b.low[:lanes].copy_(f["low"][0])
     b.high[:lanes].copy_(f["high"][0])
     torch.lt(b.positions[:lanes], b.limit[:lanes], out=active)
+    record.start.copy_(loop)
+    for brought in (record.tokens, record.depths, record.count):
+        brought.zero_()
+
+
+def enter(b: LaneBuffers, shape: LaneShape, lanes: int) -> None:
+    """Where the active lanes' first cells read and write K/V."""
+    loop, active = b.loop[:lanes], b.active[:lanes]
     first = first_slots(b.logical[:lanes], shape)
     slots = first + loop * shape.block_size
     b.slots[:lanes].copy_(slots.masked_fill_(~active | (first < 0), -1))
     b.seq_lens[:lanes].copy_((b.positions[:lanes] + 1) * active)
     b.fill_copies[:lanes].copy_((shape.loops - 1 - loop) * (active & ~b.run_all[:lanes]))
-    record.start.copy_(loop)
-    for brought in (record.tokens, record.depths, record.count):
-        brought.zero_()
 
 
 def gate(b: LaneBuffers, shape: LaneShape, states: torch.Tensor, lanes: int) -> None:
@@ -102,16 +113,18 @@ def advance(
     lanes: int,
     embedding: tuple[torch.Tensor, torch.Tensor],
     block_table: torch.Tensor,
+    rows: torch.Tensor | None = None,
 ) -> None:
     """Every lane to its next cell: one loop deeper, or its token's position at loop 1.
 
     Args:
-        embedding: a table [V, H], and the rows of it [lanes] that embed the lanes' tokens.
+        embedding: a table [V, H], and the entries of it [lanes] that embed the lanes' tokens.
+        rows: [lanes] int32, each lane's row of the block table; None: its own number.
     """
-    table, rows = embedding
+    table, entries = embedding
     next_pass(
         states[:lanes],
-        rows,
+        entries,
         table,
         b.exit_mask[:lanes],
         b.active[:lanes],
@@ -119,17 +132,20 @@ def advance(
         b.positions[:lanes],
         b.survival[:lanes],
         b.depth[:lanes],
-        block_table[:lanes],
+        block_table if rows is not None else block_table[:lanes],
         b.slots[:lanes],
         b.seq_lens[:lanes],
         shape.block_size,
         shape.loops,
         finished=b.finished[:lanes],
         position_limit=b.limit[:lanes],
+        row_to_request=rows,
         run_all=b.run_all[:lanes],
         fill_copies=b.fill_copies[:lanes],
     )
     b.step.add_(1)
+    if rows is not None:
+        b.step.clamp_max_(shape.loops - 1)  # a step with drafts also advances after its last pass
     for now, by_pass in zip((b.low, b.high), LaneParams.limits(b.packed(lanes)), strict=True):
         torch.index_select(by_pass, 0, b.step, out=now[None, :lanes])
 

@@ -67,6 +67,7 @@ def check() -> None:
     mentions(Sampler.apply_sampling_params, "needs_logits_processing", ".logits_processors", *DRAWS)
     mentions(Sampler._sample_random, "apply_top_k_top_p(", "gumbel_sample(")
     check_parameters(Worker._make_model_runner, "self")
+    check_parameters(runner.execute_model, "scheduler_output")
     check_parameters(runner.sample_tokens, "grammar_output")
     check_parameters(runner.finish_requests, "scheduler_output")
     check_parameters(async_utils.stream, "to_stream", "from_stream")

@@ -8,8 +8,12 @@ from typing import Any
 import numpy as np
 
 from ouro_runtime.config import LoopConfig
+from ouro_runtime.engine.cuda.draft_layout import DraftAsks, DraftLayout
 from ouro_runtime.engine.cuda.lanes import STOPS, LaneParams
+from ouro_runtime.engine.cuda.output import Flight, StepBill
 from ouro_runtime.engine.requests import LoopRequest
+from ouro_runtime.engine.step_output import StepOutput
+from ouro_runtime.loop.drafts import draft_rule
 from ouro_runtime.loop.lanes import LaneBook, LanePlan
 from ouro_runtime.loop.limits import last_readout, replayed
 
@@ -30,6 +34,11 @@ class LaneRequests:
         self.limit = np.zeros(slots, np.int64)
         self.prompt = np.zeros(slots, np.int64)
         self.stops = np.full((slots, STOPS), -1, np.int32)
+        # Of drafts: whether the request may be drafted at all, where, and whether it was last time.
+        self.drafts, self.flying = np.zeros((2, slots), bool)
+        low, high = np.zeros((2, slots), np.int32)
+        self.asks = DraftAsks(np.zeros(slots, np.float32), low, high)
+        self._flights: dict[str, Flight] = {}
         self._depths: dict[str, list[int]] = {}
         self._epoch: dict[str, int] = {}
         self._slot: dict[str, int] = {}
@@ -45,12 +54,17 @@ class LaneRequests:
         self.book.add(slot, request.params, known - prompt, request.single)
         self.limit[slot] = last_readout(prompt, request.max_tokens, self.longest) + 1
         self.prompt[slot] = prompt
+        rule = draft_rule(request.params, request.single, self.config.loops)
+        self.drafts[slot], self.flying[slot] = rule is not None, False
+        if rule is not None:
+            self.asks.threshold[slot], self.asks.low[slot], self.asks.high[slot] = rule
         watched = sorted(request.stops)[:STOPS]
         self.stops[slot] = -1
         self.stops[slot, : len(watched)] = watched
         self._slot[req_id] = slot
         with self._noting:
             self._epoch[req_id] = self._epoch.get(req_id, 0) + 1
+            self._flights.pop(req_id, None)
             depths = self._depths.setdefault(req_id, [])
             del depths[known - prompt :]
 
@@ -64,6 +78,7 @@ class LaneRequests:
             for req_id in req_ids:
                 self._depths.pop(req_id, None)
                 self._epoch.pop(req_id, None)
+                self._flights.pop(req_id, None)
 
     def epochs(self, req_ids: list[str]) -> list[int]:
         """Which admission of each request this is."""
@@ -98,7 +113,7 @@ class LaneRequests:
             threshold=book.threshold[slots],
             limit=np.where(decoding, self.limit[slots], EVERYWHERE),
             run_all=book.exact[slots] | (~decoding & ~resumed),
-            once=~decoding | book.single[slots],
+            once=~decoding | book.single[slots] | book.lossless[slots],
             decoding=decoding,
             slot=slots,
             temperature=sampling.temperature.np[slots],
@@ -107,6 +122,37 @@ class LaneRequests:
             low=plan.low,
             high=plan.high,
         )
+
+    def layout(self, slots: np.ndarray, wanted: np.ndarray, rule: np.ndarray) -> DraftLayout | None:
+        """The lanes of a step with drafts; None for one without. Remembers who was drafted.
+
+        Args:
+            slots: [R], of a step's requests. wanted: [R] bool, they are to be drafted if they may.
+            rule: [R], see `DraftLayout`.
+        """
+        drafted = wanted & self.drafts[slots]
+        again = self.flying[slots]
+        self.flying[slots] = drafted
+        if not drafted.any():
+            return None
+        self.book.drafted(slots[drafted])
+        return DraftLayout.of(drafted, again, rule, self.config.loops)
+
+    def land(self, bill: StepBill, output: StepOutput, tokens: list[list[int]]) -> None:
+        """Settle what a request that was drafted had in flight when a step without drafts came,
+        and remember what this one's left. Called as `note` is, before it.
+
+        Args:
+            tokens: of the step, by request.
+        """
+        with self._noting:
+            for index, (req_id, epoch) in enumerate(zip(bill.req_ids, bill.epochs, strict=True)):
+                if self._epoch.get(req_id) != epoch:
+                    continue
+                if (flight := bill.flight(index)) is not None:
+                    self._flights[req_id] = flight
+                elif tokens[index] and req_id in self._flights:
+                    self._flights.pop(req_id).settle(output.notes[req_id][0], tokens[index][0])
 
     def row_stops(
         self,

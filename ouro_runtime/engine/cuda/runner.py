@@ -1,5 +1,6 @@
 """Seam: vLLM's V2 model runner, where `ModelState` has no hook for what is needed.
 
+- `execute_model`: the model state hears whom the scheduler wants drafted;
 - `sample_tokens`: the step's depths ride on its output;
 - `finish_requests`: tells a request that has ended from one that was preempted;
 - `profile_cudagraph_memory`: graphs and caches made for the estimate are dropped with it;
@@ -35,6 +36,10 @@ class OuroGPUModelRunner(GPUModelRunner):
         refuse.refuse(vllm_config)
         super().__init__(vllm_config, device)
         self._unread: deque[LaneOutput] = deque()
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        self.model_state.drafts = getattr(scheduler_output, "ouro_drafts", {})
+        return super().execute_model(scheduler_output, *args, **kwargs)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)

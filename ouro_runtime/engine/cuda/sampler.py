@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
@@ -83,12 +84,22 @@ class StepSampling:
     Args:
         sampler: vLLM's. batch: the step's `InputBatch`. loops: T.
         input_ids: [lanes] int64, the token at each lane's head; read when a lane is sampled.
+        rows: [L], each lane's request in the batch; None: its own number.
     """
 
-    def __init__(self, sampler: Any, batch: Any, loops: int, input_ids: torch.Tensor) -> None:
+    def __init__(
+        self,
+        sampler: Any,
+        batch: Any,
+        loops: int,
+        input_ids: torch.Tensor,
+        rows: np.ndarray | None = None,
+    ) -> None:
         self.sampler, self.batch, self.loops = sampler, batch, loops
-        self.input_ids = input_ids
+        self.input_ids, self.rows = input_ids, rows
         device = batch.idx_mapping.device
+        if rows is not None:
+            self._rows = async_tensor_h2d(rows, device=device)
         dims = sampler.get_logprobs_dims(batch.idx_mapping_np)
         self.logprobs: Logprobs | None = None
         if dims is not None:
@@ -112,19 +123,36 @@ class StepSampling:
         positions: torch.Tensor,
     ) -> torch.Tensor:
         """Tokens [M] int64 of `lanes` [M], whose heads are at `positions` [M]."""
-        part = lane_batch(self.batch, lanes, lanes_np, positions, self.input_ids, self.loops)
+        rows, rows_np = lanes, lanes_np
+        if self.rows is not None:
+            rows, rows_np = self._rows[lanes], self.rows[lanes_np]
+        # A lane moves T - 1 positions in a step at most, and may begin as many behind the first.
+        ahead = (self.loops - 1) * (1 if self.rows is None else 2)
+        part = lane_batch(self.batch, rows, rows_np, positions, self.input_ids[lanes], ahead)
         output = self.sampler(logits, part)
         self._last = output.logprobs_tensors
         return output.sampled_token_ids.view(-1)
 
     def commit(
-        self, lanes: torch.Tensor, read: torch.Tensor, tokens: torch.Tensor, place: torch.Tensor
+        self,
+        requests: torch.Tensor,
+        read: torch.Tensor,
+        tokens: torch.Tensor,
+        place: torch.Tensor,
+        sampled: torch.Tensor | None = None,
     ) -> None:
-        """Those of the lanes just sampled that were `read` [M] took their tokens."""
+        """Those of `requests` [M], none of them twice, that were `read` [M] took their tokens.
+
+        Args:
+            sampled: [M], which of the lanes just sampled each was; None: in their order.
+        """
         if self.history is not None:
-            self.history.append(self.batch.idx_mapping[lanes], read, tokens)
+            self.history.append(self.batch.idx_mapping[requests], read, tokens)
         if self.logprobs is not None and self._last is not None:
-            self.logprobs.put(place, read, self._last)
+            last = self._last
+            if sampled is not None:
+                last = LogprobsTensors(*(part[sampled] for part in last[:3]))
+            self.logprobs.put(place, read, last)
 
     def output(self, record: StepRecord) -> SamplerOutput:
         """What vLLM's runner takes: 0..T tokens per request. Memory of its own.
@@ -198,24 +226,29 @@ def sample_plain(sampler: Any, buffers: LaneBuffers, logits: torch.Tensor) -> to
 
 def lane_batch(
     batch: Any,
-    lanes: torch.Tensor,
-    lanes_np: np.ndarray,
+    rows: torch.Tensor,
+    rows_np: np.ndarray,
     positions: torch.Tensor,
     input_ids: torch.Tensor,
-    loops: int,
+    ahead: int,
 ) -> Any:
-    """The `InputBatch` of `lanes` [M], one logits row each, heads at `positions` [M]."""
-    count = len(lanes_np)
+    """The `InputBatch` of M lanes of the requests `rows` [M], one logits row each.
+
+    Args:
+        positions, input_ids: [M], of the lanes' heads. ahead: positions that a head may be after
+            the one that its request was scheduled.
+    """
+    count = len(rows_np)
     numbers = torch.arange(count + 1, dtype=torch.int32, device=positions.device)
-    slots = batch.idx_mapping[lanes]
-    bound = batch.seq_lens_cpu_upper_bound[torch.from_numpy(lanes_np)] + (loops - 1)
+    slots = batch.idx_mapping[rows]
+    bound = batch.seq_lens_cpu_upper_bound[torch.from_numpy(rows_np)] + ahead
     return replace(
         batch,
-        req_ids=[batch.req_ids[lane] for lane in lanes_np.tolist()],
+        req_ids=[batch.req_ids[row] for row in rows_np.tolist()],
         num_reqs=count,
         num_reqs_after_padding=count,
         idx_mapping=slots,
-        idx_mapping_np=batch.idx_mapping_np[lanes_np],
+        idx_mapping_np=batch.idx_mapping_np[rows_np],
         expanded_idx_mapping=slots,
         expanded_local_pos=torch.zeros(count, dtype=torch.int32, device=positions.device),
         num_scheduled_tokens=np.ones(count, np.int32),
@@ -225,7 +258,7 @@ def lane_batch(
         query_start_loc_np=np.arange(count + 1, dtype=np.int32),
         seq_lens=(positions + 1).to(torch.int32),
         seq_lens_cpu_upper_bound=bound,
-        input_ids=input_ids[lanes].to(torch.int32),
+        input_ids=input_ids.to(torch.int32),
         positions=positions,
         logits_indices=numbers[:-1].long(),
         cu_num_logits=numbers,

@@ -10,14 +10,16 @@ so the slots reserved for a step hold whatever it writes.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import replace
+from collections.abc import Iterable
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
-from ouro_runtime.config import ExitParams
+from ouro_runtime.config import LOSSLESS, ExitParams
+from ouro_runtime.engine.cuda.buckets import draft_lanes
+from ouro_runtime.engine.cuda.draft_choice import DraftChoice
 from ouro_runtime.engine.pin import check_parameters
 from ouro_runtime.engine.requests import LoopRequest
 from ouro_runtime.engine.scheduler_common import LoopSchedulerMixin
@@ -29,11 +31,11 @@ check_parameters(AsyncScheduler._update_request_with_output, "request", "new_tok
 
 
 def most_tokens(params: ExitParams, single: bool, loops: int) -> int:
-    """Most tokens that a step of T passes can bring a decoding request.
+    """Most tokens that a step of T passes can bring a decoding request that is not drafted in it.
 
     A head may leave after the step's first pass; every later one runs its least depth at least.
     """
-    if single or params.exit_mode == "exact":
+    if single or params.exit_mode in ("exact", LOSSLESS):
         return 1
     if params.forced_depths:
         least = min(params.forced_depths)
@@ -54,9 +56,16 @@ class OuroAsyncScheduler(LoopSchedulerMixin, AsyncScheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.loop_config = replace(self.loop_config, drafts=False)
+        config = self.loop_config
+        sizes = self.vllm_config.compilation_config.cudagraph_capture_sizes or ()
+        lanes = draft_lanes(sizes, self.max_num_running_reqs, config.loops, config.drafts)
+        self.drafts = DraftChoice(config.loops, lanes)
+        if lanes:
+            # T - 1 positions in flight, and T - 1 that a step starts.
+            self.num_lookahead_tokens = 2 * (config.loops - 1)
         self._filled: dict[str, int] = {}
         self._most: dict[str, int] = {}
+        self._loop: dict[str, LoopRequest] = {}
         self._flight: dict[str, deque[int]] = {}
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
@@ -72,15 +81,27 @@ class OuroAsyncScheduler(LoopSchedulerMixin, AsyncScheduler):
             for req_id in scheduled
         }
         super()._update_after_schedule(scheduler_output)
+        drafts = self._drafts(scheduled) if all(decoding.values()) else {}
+        scheduler_output.ouro_drafts = drafts
         brings = set()
         for req_id in scheduled:
             request = self.requests[req_id]
             if not request.is_prefill_chunk:
                 most = self._most_tokens(request) if decoding[req_id] else 1
+                if req_id in drafts:
+                    # One position is confirmed after each pass at most.
+                    most = self.loop_config.loops
                 self._flight[req_id].append(most)
                 self._expect(request, request.num_tokens)
                 brings.add(req_id)
         scheduler_output.ouro_brings = brings
+
+    def _drafts(self, scheduled: Iterable[str]) -> dict[str, int]:
+        """See `DraftChoice.choose`."""
+        if not self.drafts.lanes:
+            return {}
+        requests = {req_id: self._loop_request(self.requests[req_id]) for req_id in scheduled}
+        return self.drafts.choose(requests)
 
     def _expect(self, request: Request, known: int) -> None:
         """Count what the steps in flight can bring a request of `known` tokens."""
@@ -93,11 +114,17 @@ class OuroAsyncScheduler(LoopSchedulerMixin, AsyncScheduler):
     def _most_tokens(self, request: Request) -> int:
         most = self._most.get(request.request_id)
         if most is None:
-            config = self.loop_config
-            loop = LoopRequest.of(request.sampling_params, request.num_prompt_tokens, config)
-            most = most_tokens(loop.params, loop.single, config.loops)
+            loop = self._loop_request(request)
+            most = most_tokens(loop.params, loop.single, self.loop_config.loops)
             self._most[request.request_id] = most
         return most
+
+    def _loop_request(self, request: Request) -> LoopRequest:
+        loop = self._loop.get(request.request_id)
+        if loop is None:
+            params, prompt = request.sampling_params, request.num_prompt_tokens
+            loop = self._loop[request.request_id] = LoopRequest.of(params, prompt, self.loop_config)
+        return loop
 
     def update_from_output(
         self, scheduler_output: Any, model_runner_output: Any
@@ -117,6 +144,7 @@ class OuroAsyncScheduler(LoopSchedulerMixin, AsyncScheduler):
                 continue
             tokens = len(step.notes[req_id])
             came.append(request)
+            self.drafts.learn(req_id, step.notes[req_id])
             if req_id in scheduler_output.ouro_brings and not stale:
                 self._expect(request, request.num_tokens + tokens)
                 # vLLM takes off what came.
@@ -136,5 +164,7 @@ class OuroAsyncScheduler(LoopSchedulerMixin, AsyncScheduler):
         if request.is_finished():
             self._filled.pop(request.request_id, None)
             self._most.pop(request.request_id, None)
+            self._loop.pop(request.request_id, None)
+            self.drafts.close(request.request_id)
             self._flight.pop(request.request_id, None)
         super()._free_request_blocks(request)

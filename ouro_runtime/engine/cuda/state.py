@@ -9,7 +9,6 @@ warm-up, capture) runs the model once, as vLLM does.
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,15 +18,17 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from ouro_runtime.config import LoopConfig
+from ouro_runtime.engine.cuda import draft_pieces
 from ouro_runtime.engine.cuda.backend import StepInputs
-from ouro_runtime.engine.cuda.buckets import pass_buckets
+from ouro_runtime.engine.cuda.buckets import draft_lanes, pass_buckets
+from ouro_runtime.engine.cuda.draft_layout import DraftLayout
 from ouro_runtime.engine.cuda.engine import LaneEngine, make_engine
 from ouro_runtime.engine.cuda.graphs import StepGraphs
 from ouro_runtime.engine.cuda.lanes import LaneBuffers
 from ouro_runtime.engine.cuda.output import StepBill
 from ouro_runtime.engine.cuda.requests import LaneRequests
 from ouro_runtime.engine.cuda.rows import RowPasses
-from ouro_runtime.engine.cuda.sampler import LaneSampler, StepSampling
+from ouro_runtime.engine.cuda.sampler import LaneSampler, StepSampling, remembers
 from ouro_runtime.engine.cuda.step import LaneStep
 
 logger = logging.getLogger("vllm.ouro")
@@ -39,19 +40,21 @@ class OuroModelState(ModelState):
     def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: Any) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self.loops = LoopConfig.of(vllm_config).loops
-        config = self.model_config.hf_config
-        # Lanes hold one position each: a lossless request runs every loop, and makes no drafts.
-        loop_config = replace(LoopConfig.of(vllm_config), drafts=False)
+        config, loop_config = self.model_config.hf_config, LoopConfig.of(vllm_config)
         self.requests = LaneRequests(self.max_num_reqs, loop_config, self.max_model_len)
+        most = draft_lanes((), self.max_num_reqs, self.loops, loop_config.drafts)
         self.buffers = LaneBuffers(
             self.max_num_tokens,
-            self.max_num_reqs,
+            max(self.max_num_reqs, most),
             self.max_num_reqs,
             self.loops,
             config.hidden_size,
             self.dtype,
             device,
+            drafts=most > 0,
         )
+        # Of the step to come, as the scheduler says: who is drafted, and where (`DraftChoice`).
+        self.drafts: dict[str, int] = {}
         self.graphs = StepGraphs(device)
         self.engine: LaneEngine | None = None
         self.rows: RowPasses | None = None
@@ -106,7 +109,16 @@ class OuroModelState(ModelState):
         sizes = self.vllm_config.compilation_config.cudagraph_capture_sizes or ()
         # What an earlier step left means other things at another width; zeros let nobody run.
         self.buffers.params.zero_()
-        self.graphs.capture(pass_buckets(sizes, self.max_num_reqs), engine.capturable())
+        most = draft_lanes(sizes, self.max_num_reqs, self.loops, self.buffers.drafts is not None)
+        drafting = pass_buckets(sizes, most) if most else ()
+        if self.buffers.drafts is not None:
+            self.buffers.drafts.params.zero_()
+        self.graphs.capture(
+            pass_buckets(sizes, self.max_num_reqs),
+            engine.capturable(),
+            [lanes for lanes in drafting if lanes >= self.loops],
+            engine.capturable(drafts=True),
+        )
         logger.info("Ouro Serve: captured passes of %s lanes", list(self.graphs.buckets))
 
     # ---- requests -------------------------------------------------------------------------------
@@ -192,12 +204,33 @@ class OuroModelState(ModelState):
         stops = requests.row_stops(batch.req_ids, slots, start, count, known, decoding)
         late = requests.book.single[slots] & heads
         self._late = np.nonzero(late)[0]
-        lanes, rows = batch.num_reqs, batch.num_tokens
-        mixed = rows != lanes or engine.parts is None
-        width = lanes if mixed else self.graphs.width(lanes)
-        async_tensor_h2d(params.pack(width, self.max_num_reqs), out=buffers.packed(width))
-        sampling = StepSampling(self.sampler, batch, self.loops, buffers.tokens)
-        engine.begin(batch, sampling, plan.candidates)
+        requested, rows = batch.num_reqs, batch.num_tokens
+        mixed = rows != requested or engine.parts is None
+        layout = self._layout(batch, mixed or not decoding.all())
+        lanes = requested if layout is None else len(layout)
+        width = lanes if mixed else self.graphs.width(lanes, layout is not None)
+        spare = self.max_num_reqs
+        candidates = plan.candidates
+        self._bill = StepBill(
+            list(batch.req_ids),
+            requests.epochs(batch.req_ids),
+            torch.empty(0),
+            params.run_all,
+            decoding,
+            rows if layout is None else lanes,
+            self.loops,
+        )
+        if layout is not None:
+            assert buffers.drafts is not None
+            candidates = [np.arange(lanes)] * self.loops
+            params = layout.spread(params, requests.asks[slots], spare)
+            late = late[layout.row] & (layout.place == 0)
+            self._bill.drafted = layout.on[:requested]
+            async_tensor_h2d(layout.pack(width), out=buffers.drafts.packed(width))
+        async_tensor_h2d(params.pack(width, spare), out=buffers.packed(width))
+        rows_of = None if layout is None else layout.row
+        sampling = StepSampling(self.sampler, batch, self.loops, buffers.tokens, rows_of)
+        engine.begin(batch, sampling, candidates)
         ids = batch.input_ids[:rows]
         inputs = StepInputs(
             lanes=lanes,
@@ -206,22 +239,31 @@ class OuroModelState(ModelState):
             embedded=self.model.embed_input_ids(ids),
             positions=batch.positions[:rows],
             logical=self._logical[:rows],
-            candidates=[self._lanes(lanes, chosen) for chosen in plan.candidates],
+            candidates=[self._lanes(lanes, chosen) for chosen in candidates],
             padded=batch.num_tokens_after_padding,
             plain=sampling.plain and not mixed and not len(self._late) and bool(heads.all()),
             row_stop=None if stops is None else self._to_device(stops),
             defer=self._to_device(late) if len(self._late) else None,
-        )
-        self._bill = StepBill(
-            list(batch.req_ids),
-            requests.epochs(batch.req_ids),
-            torch.empty(0),
-            params.run_all,
-            decoding,
-            rows,
-            self.loops,
+            drafts=layout is not None,
         )
         return LaneStep(buffers, engine.shape, inputs, engine, width)
+
+    def _layout(self, batch: Any, held: bool) -> DraftLayout | None:
+        """The lanes of a step over `batch` with drafts, None for one without.
+
+        Args:
+            held: nobody is drafted in a step of its kind. What is in flight is dropped then, but
+                for each request's oldest position, which goes on.
+        """
+        slots = batch.idx_mapping_np
+        if held or not self.drafts:
+            self.requests.flying[slots] = False
+            return None
+        rule = np.array([self.drafts.get(req_id, -1) for req_id in batch.req_ids])
+        wanted = rule >= 0
+        for place in np.nonzero(wanted)[0]:
+            wanted[place] = not remembers(self.sampler, slots[[place]])
+        return self.requests.layout(slots, wanted, rule)
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return async_tensor_h2d(array, device=self.device)
@@ -262,7 +304,10 @@ class OuroModelState(ModelState):
             tokens = sampling.sample(lanes, self._late, logits[lanes], positions)
             record.tokens[lanes, 0] = tokens
             sampling.commit(lanes, record.count[lanes] > 0, tokens, lanes * self.loops)
-        self._bill.packed = record.packed()
+        if self._bill.drafted is None:
+            self._bill.packed = record.packed()
+        else:
+            self._bill.packed = draft_pieces.packed(self.buffers, batch.num_reqs)
         return sampling.output(record), sampling.counted
 
     def take_bill(self) -> StepBill | None:
@@ -270,7 +315,8 @@ class OuroModelState(ModelState):
         bill, self._bill = self._bill, None
         return bill
 
-    def note(self, bill: StepBill, output: Any) -> None:
-        """A step's depths are on the host."""
+    def note(self, bill: StepBill, output: Any, tokens: list[list[int]]) -> None:
+        """A step's depths are on the host, and its `tokens` by request."""
+        self.requests.land(bill, output, tokens)
         for req_id, epoch in zip(bill.req_ids, bill.epochs, strict=True):
             self.requests.note(req_id, epoch, output.depths(req_id))

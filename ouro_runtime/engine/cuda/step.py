@@ -5,6 +5,8 @@ places for the whole step, so the number of rows of a pass is known on the host,
 a mask on the device. Prompt rows run loop t in pass t. A lane runs wherever it is; when it leaves,
 its token's position takes its place.
 
+In a step with drafts a drafted request has T lanes (`cuda/draft_pieces.py`).
+
 A step plays the pieces of `cuda/pieces.py` in order. What plays them is a `LaneBackend`.
 """
 
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from ouro_runtime.engine.cuda import pieces
+from ouro_runtime.engine.cuda import draft_pieces, pieces
 from ouro_runtime.engine.cuda.backend import LaneBackend, LaneShape, RowView, StepInputs
 from ouro_runtime.engine.cuda.lanes import LaneBuffers
 
@@ -36,7 +38,8 @@ class LaneStep:
         self.b, self.shape, self.inputs, self.backend = buffers, shape, inputs, backend
         self.lanes, self.width = inputs.lanes, width
         self.rows = len(inputs.positions)
-        self.record = buffers.record.first(self.lanes)
+        requests = self.lanes if inputs.head_rows is not None else self.rows
+        self.record = buffers.record.first(requests)
         self.deferred: torch.Tensor | None = None
         self._mixed = inputs.head_rows is not None
         self._states = buffers.lane_hidden if self._mixed else buffers.hidden
@@ -52,19 +55,20 @@ class LaneStep:
             self._pass(step)
             self._leave(step)
             self._read_out(step)
-            if step + 1 < loops:
+            if step + 1 < loops or self.inputs.drafts:
                 self._advance()
         self._play("carry")
-        return self.b.hidden[: self.inputs.padded if self._mixed else self.lanes]
+        return self.b.hidden[: self.inputs.padded if self._mixed else self.rows]
 
     # ---- parts of a step ------------------------------------------------------------------------
 
     def _play(self, piece: str) -> None:
-        self.backend.play(piece, self.width, self._mixed)
+        name = f"draft_{piece}" if self.inputs.drafts else piece
+        self.backend.play(name, self.width, self._mixed)
 
     def _load(self) -> None:
         """Rows and lanes at loop 1."""
-        b, x, n = self.b, self.inputs, self.lanes
+        b, x, n = self.b, self.inputs, len(self.record.count)
         b.hidden[: self.rows].copy_(x.embedded)
         heads = x.head_rows
         if heads is None:
@@ -124,8 +128,9 @@ class LaneStep:
         if self.inputs.plain:
             self._play("read")
             return
-        b, defer = self.b, self.inputs.defer
-        pieces.remember(b, self.lanes)
+        b, defer, drafts = self.b, self.inputs.defer, self.inputs.drafts
+        if not drafts:
+            pieces.remember(b, self.lanes)
         hidden, read = self._states[lanes], b.read_mask[lanes]
         if defer is not None:
             if self.deferred is None:
@@ -134,9 +139,21 @@ class LaneStep:
             self.deferred[lanes] = torch.where(late, hidden, self.deferred[lanes])
         logits = self.backend.logits(hidden, read)
         tokens = self.backend.sample(lanes, logits, step, b.positions[lanes])
+        if drafts:
+            self._settle(tokens)
+            return
         place = pieces.take(b, lanes, read, tokens)
         now = read if defer is None else read & ~defer[lanes]
         self.backend.sampled(lanes, now, tokens, place)
+
+    def _settle(self, tokens: torch.Tensor) -> None:
+        """All lanes have been sampled, of a step with drafts."""
+        b, defer, requests = self.b, self.inputs.defer, self.rows
+        got, lane, place = (
+            values[:requests] for values in draft_pieces.settle(b, self.shape, self.lanes, tokens)
+        )
+        now = got if defer is None else got & ~defer[:requests]
+        self.backend.sampled(b.numbers[:requests], now, tokens[lane], place, lane)
 
     def _advance(self) -> None:
         self._play("advance")
