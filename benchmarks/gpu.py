@@ -117,7 +117,8 @@ def golden(children: dict[str, Child], result: dict[str, Any]) -> bool:
         records = json.loads((GOLDEN / name / "golden.json").read_text())["records"]
         cases, wanted = [], []
         for record in records:
-            runs: list[tuple[dict[str, Any], Any]] = [({"exit_threshold": 1.0}, record["full"])]
+            full = {"exit_threshold": 1.0, "exit_mode": "skip"}
+            runs: list[tuple[dict[str, Any], Any]] = [(full, record["full"])]
             for mode in ("skip", "exact"):
                 for threshold, run in record[mode].items():
                     fields: dict[str, Any] = {"exit_threshold": float(threshold), "exit_mode": mode}

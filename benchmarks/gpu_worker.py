@@ -122,7 +122,9 @@ class Served:
         vocab = self.engine.vllm_config.model_config.get_vocab_size()
         for ids, forced_depths in zip(prompts(batch, context, vocab), depths, strict=True):
             self.count += 1
-            extra = None if forced_depths is None else {"forced_depths": forced_depths}
+            extra: dict[str, Any] = {"exit_mode": "skip"}
+            if forced_depths is not None:
+                extra["forced_depths"] = forced_depths
             params = SamplingParams(
                 temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False
             )
