@@ -18,7 +18,7 @@ FILE = Path(__file__).with_suffix(".json")
 EACH = 100
 """Problems of every family and difficulty."""
 
-THRESHOLDS = (0.9, 0.7, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)
+THRESHOLDS = (0.9, 0.7, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25)
 
 
 def load() -> tuple[tuple[float, ...], np.ndarray]:

@@ -5,6 +5,7 @@ of the binomial", Biometrika 26 (1934).
 """
 
 import math
+from functools import cache
 
 import numpy as np
 
@@ -27,6 +28,7 @@ def at_most(seen: int, trials: int, rate: float) -> float:
     return min(1.0, math.exp(most) * float(np.exp(logs - most).sum()))
 
 
+@cache
 def upper_bound(seen: int, trials: int, confidence: float) -> float:
     """The one-sided Clopper-Pearson bound: a rate above it would have shown more than `seen` of
     `trials` with probability `confidence`."""
@@ -42,6 +44,7 @@ def upper_bound(seen: int, trials: int, confidence: float) -> float:
     return high
 
 
+@cache
 def trials_needed(rate: float, confidence: float, seen: int = 0) -> int:
     """The fewest trials of which `seen` bound the rate by `rate`."""
 

@@ -80,9 +80,7 @@ class Run:
     def _full(self, name: str, chunk: Sequence[Question]) -> dict[str, Any]:
         if name not in self.state:
             answers = self._answer(chunk, "skip", 1.0)
-            found = self._counts(
-                chunk, answers, [0] * len(chunk), sum(len(a.tokens) for a in answers)
-            )
+            found = _counts(chunk, answers, [0] * len(chunk), sum(len(a.tokens) for a in answers))
             self.state.add(name, found | {"answers": [a.tokens for a in answers]})
         return self.state[name]
 
@@ -99,7 +97,7 @@ class Run:
                     int(was and not question.right(answer.text))
                     for was, question, answer in zip(full["right"], chunk, answers, strict=True)
                 ]
-            self.state.add(name, self._counts(chunk, answers, lost, sum(agreed)))
+            self.state.add(name, _counts(chunk, answers, lost, sum(agreed)))
         return self.state[name]
 
     def _answer(self, chunk: Sequence[Question], mode: str, q: float) -> list[Answer]:
@@ -120,18 +118,6 @@ class Run:
                 agreed[i] = sum(choice)
         return agreed
 
-    def _counts(
-        self, chunk: Sequence[Question], answers: Sequence[Answer], lost: list[int], agreed: int
-    ) -> dict[str, Any]:
-        right = [int(q.right(a.text)) for q, a in zip(chunk, answers, strict=True)]
-        return {
-            "lost": lost,
-            "tokens": sum(len(answer.tokens) for answer in answers),
-            "agreed": agreed,
-            "depths": sum(sum(answer.depths) for answer in answers),
-            "right": right,
-        }
-
     def _point(self, threshold: float, chunks: Sequence[dict[str, Any]]) -> Point:
         return Point(
             threshold,
@@ -148,6 +134,21 @@ class Run:
         if self._engine is None:
             self._engine = self.start()
         return self._engine
+
+
+def _counts(
+    chunk: Sequence[Question], answers: Sequence[Answer], lost: list[int], agreed: int
+) -> dict[str, Any]:
+    """What the state keeps of a chunk: by question, whether its answer is lost and whether it is
+    right; sums over all tokens."""
+    right = [int(q.right(a.text)) for q, a in zip(chunk, answers, strict=True)]
+    return {
+        "lost": lost,
+        "tokens": sum(len(answer.tokens) for answer in answers),
+        "agreed": agreed,
+        "depths": sum(sum(answer.depths) for answer in answers),
+        "right": right,
+    }
 
 
 def check_expected(plan: Plan, questions: Sequence[Question]) -> None:
