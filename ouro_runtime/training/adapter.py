@@ -20,7 +20,7 @@ from ouro_runtime.training.data import Batch, Chunk, pack
 from ouro_runtime.training.export import load
 from ouro_runtime.training.model import LoopLM
 from ouro_runtime.training.objectives import stage1_loss
-from ouro_runtime.training.stage1 import token_losses
+from ouro_runtime.training.stage1 import Budget, token_losses
 from ouro_runtime.training.tasks import FAMILIES
 from ouro_runtime.training.tasks.base import Split
 from ouro_runtime.training.tokenizer import render
@@ -97,15 +97,15 @@ def batch(tok: Tokenizer, rng: random.Random, split: Split) -> Batch:
 
 
 def train(
-    model: LoopLM, tok: Tokenizer, adapters: dict[str, LowRank], minutes: float, seed: int
+    model: LoopLM, tok: Tokenizer, adapters: dict[str, LowRank], budget: Budget, seed: int
 ) -> int:
     """Train the adapters; returns the number of steps. Answers have the stand-in K/V that mode
     `skip` gives them, at a random threshold per row."""
     rng = random.Random(seed)
     parameters = [p for adapter in adapters.values() for p in adapter.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
-    began, steps, done = time.monotonic(), 0, 0.0
-    while done < 1:
+    began, steps = time.monotonic(), 0
+    while (done := budget.progress(steps, time.monotonic() - began)) < 1:
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - done)
         drawn = batch(tok, rng, "train")
         states = model(drawn.ids, drawn.bias, drawn.pick, drawn.thresholds(rng, full=0.25))
@@ -115,7 +115,6 @@ def train(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         steps += 1
-        done = (time.monotonic() - began) / (60 * minutes)
     return steps
 
 
@@ -134,6 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(prog="ouro_runtime.training.adapter", description=__doc__)
     p.add_argument("--out", type=Path, default=Path("runs/sentences"), help="adapter folder")
     p.add_argument("--minutes", type=float, default=1.0, help="training time")
+    p.add_argument("--steps", type=int, help="steps, instead of --minutes")
     p.add_argument("--rank", type=int, default=8)
     p.add_argument("--alpha", type=int, default=16)
     p.add_argument("--seed", type=int, default=0)
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     model, tok = load(SHIPPED)
     adapters = adapt(model, args.rank, args.alpha)
     before = right(model, tok, 16)
-    steps = train(model, tok, adapters, args.minutes, args.seed)
+    steps = train(model, tok, adapters, Budget(args.steps, args.minutes), args.seed)
     save(adapters, args.out, args.rank, args.alpha)
     print(
         f"{args.out}: {steps} steps; held-out sums answered right, in a sentence: "

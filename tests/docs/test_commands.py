@@ -24,6 +24,7 @@ synopsis, whose options are checked there."""
 NOT_RUN = {
     "ouro-serve": "serves until it is stopped; tests/server/test_docs.py checks its options",
     "docker": "needs Docker's daemon; tests/project checks the files, and here that they exist",
+    "python": "trains for a minute; tests/training tests what it does",
     "make": "installs and serves; a dry run shows that make knows the targets",
 }
 """First words of commands that are not run, and why."""

@@ -40,10 +40,11 @@ def merge(folder: Path, checkpoint: str, adapter: str) -> str:
     shutil.copytree(checkpoint, folder, copy_function=shutil.copyfile)
     tensors = load_file(folder / "model.safetensors")
     held = load_file(Path(adapter) / "adapter_model.safetensors")
-    rank = json.loads((Path(adapter) / "adapter_config.json").read_text())["r"]
+    config = json.loads((Path(adapter) / "adapter_config.json").read_text())
+    scale = config["lora_alpha"] / config["r"]
     for name in [name for name in held if "lora_A" in name]:
         key = name.removeprefix("base_model.model.").replace(".lora_A", "")
         b = held[name.replace("lora_A", "lora_B")]
-        tensors[key] = tensors[key] + ALPHA / rank * (b @ held[name])
+        tensors[key] = tensors[key] + scale * (b @ held[name])
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return str(folder)

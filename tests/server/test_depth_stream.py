@@ -11,7 +11,7 @@ from vllm.entrypoints.generate.base.protocol import DeltaMessage
 
 from ouro_server.depth import read_request
 from ouro_server.schemas import DepthChatRequest, DepthCompletionRequest
-from ouro_server.serving import DepthServingChat, DepthServingCompletion
+from ouro_server.serving import DepthServingChat, DepthServingCompletion, without_alias
 from tests.server.fakes import events, handler, metadata, output, replay, result, serve
 
 USAGE = {"include_usage": True}
@@ -103,6 +103,7 @@ def test_answers_carry_the_alias_and_the_source_they_were_asked_for_by() -> None
     body = {"model": "m@fast", "messages": [{"role": "user", "content": "hi"}]}
     request = chat(**body, stream_options=USAGE)
     request.resolve(read_request(body, serve()))
+    request = without_alias(request, serve())
     chunks = chat_stream([result(output([2], "a", finish="stop"))], request)
     assert {chunk["model"] for chunk in chunks} == {"m@fast"}
     told = chunks[-1]["usage"]["depth"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -176,3 +177,15 @@ def test_only_requests_that_set_no_depth_are_steered() -> None:
     assert read({"priority_class": "paying"}, served=served).params.exit_threshold == 0.95
     assert read({"min_loops": 2}, served=served).params.exit_threshold == 1.0
     assert read({"depth_preset": "deep"}, served=served).params.exit_threshold == 1.0
+
+
+def test_the_alias_of_an_adapter_is_known_as_long_as_the_adapter_is() -> None:
+    adapters: dict[str, object] = {}
+    served = replace(serve(), adapters=adapters)
+    assert served.alias("m@fast") == ("m@fast", "fast")
+    assert served.alias("a@fast") is None
+    adapters |= {"a": object(), "a@full": object()}
+    assert served.alias("a@fast") == ("a", "fast")
+    assert served.alias("a@full") is None, "an adapter may be called so"
+    for other in ("a", "a@slow", "b@fast", "@fast", None, 3):
+        assert served.alias(other) is None

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from ouro_server.errors import STOPPED
+from ouro_server.schemas import DepthChatRequest
 from ouro_server.serving import DepthServingChat, DepthServingCompletion, begun
 from ouro_server.serving_messages import DepthServingMessages
 from ouro_server.serving_responses import DepthServingResponses
@@ -160,5 +161,6 @@ def test_a_stream_of_messages_that_begins_with_an_error_is_that_error(
         return stream()
 
     monkeypatch.setattr(OpenAIServingChat, "create_chat_completion", create)
-    answer = handler(DepthServingMessages).create_chat_completion(None, raw())
+    request = DepthChatRequest.model_construct(model="m")
+    answer = handler(DepthServingMessages).create_chat_completion(request, raw())
     assert asyncio.run(answer) == error
