@@ -248,7 +248,7 @@ def assert_idle(llm: Any) -> None:
         scheduler._filled,
         scheduler._most,
         scheduler._flight,
-        scheduler._loop,
+        scheduler._draftable,
         scheduler.drafts._seats,
         runner.req_states.req_id_to_index,
         requests._slot,

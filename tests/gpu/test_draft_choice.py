@@ -54,46 +54,46 @@ def test_the_rule_of_a_requests_drafts(depth: dict[str, Any], rule: Any) -> None
 
 
 def test_who_finds_room_is_drafted() -> None:
-    own, skips = request(exit_threshold=0.2), request(exit_mode="skip")
-    requests = {"a": own, "b": skips, "c": request(), "d": own}
-    assert DraftChoice(T, 64).choose(requests) == {"a": 0, "c": EVERYWHERE, "d": 0}
-    assert DraftChoice(T, 10).choose(requests) == {"a": 0, "c": EVERYWHERE}
-    assert DraftChoice(T, 6).choose(requests) == DraftChoice(T, 0).choose(requests) == {}
+    own = request(exit_threshold=0.2)
+    asked = {"a": own.params, "c": request().params, "d": own.params}
+    assert DraftChoice(T, 64).choose(asked, 4) == {"a": 0, "c": EVERYWHERE, "d": 0}
+    assert DraftChoice(T, 10).choose(asked, 4) == {"a": 0, "c": EVERYWHERE}
+    assert DraftChoice(T, 6).choose(asked, 4) == DraftChoice(T, 0).choose(asked, 4) == {}
 
 
 def test_a_request_says_between_which_loops_it_is_drafted() -> None:
-    chosen = DraftChoice(T, 64).choose({"a": request(min_loops=2, max_loops=2)})
+    chosen = DraftChoice(T, 64).choose({"a": request(min_loops=2, max_loops=2).params}, 1)
     assert chosen == {"a": 0b111 << KINDS}
 
 
 def test_only_what_a_request_passes_through_is_asked_for() -> None:
-    choice, requests = DraftChoice(T, 64), {"a": request()}
-    choice.choose(requests)
+    choice, requests = DraftChoice(T, 64), {"a": request().params}
+    choice.choose(requests, 1)
     choice.learn("a", notes(0, False, (0.05, 0.3, 0.8, 1.0), KNOWN))
-    assert choice.choose(requests) == {"a": 0b100_010_001}
+    assert choice.choose(requests, 1) == {"a": 0b100_010_001}
     choice.learn("a", notes(0, False, (0.3, 0.3, 0.8, 1.0)))
-    assert choice.choose(requests) == {"a": 0b100_010_011}
+    assert choice.choose(requests, 1) == {"a": 0b100_010_011}
 
 
 def test_drafts_that_are_wrong_are_made_no_more_and_right_ones_go_on() -> None:
-    choice, requests = DraftChoice(T, 64), {"a": request()}
-    choice.choose(requests)
+    choice, requests = DraftChoice(T, 64), {"a": request().params}
+    choice.choose(requests, 1)
     cdf = (0.05, 0.3, 0.8, 1.0)
     choice.learn("a", notes(1, False, cdf, 40))
     choice.learn("a", notes(2, True, cdf, 40))
-    assert choice.choose(requests) == {"a": 0b100_010_000}
+    assert choice.choose(requests, 1) == {"a": 0b100_010_000}
     for loop in (2, 3):
         choice.learn("a", notes(loop, False, cdf, 99))
-    chosen = [choice.choose(requests) for _ in range(12)]
+    chosen = [choice.choose(requests, 1) for _ in range(12)]
     assert chosen == [{}] * 12, "a request that is drafted nowhere needs no lanes"
-    again = [choice.choose(requests) for _ in range(2000)]
+    again = [choice.choose(requests, 1) for _ in range(2000)]
     assert 3 <= sum(map(bool, again)) < 60, "now and then it is tried again"
 
 
 def test_seats_are_given_up() -> None:
     choice = DraftChoice(T, 64)
     for name in "abc":
-        choice.choose({name: request()})
+        choice.choose({name: request().params}, 1)
         choice.close(name)
     assert not choice._seats and choice._free == [0]
     choice.close("never seen")

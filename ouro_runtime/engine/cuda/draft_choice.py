@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ouro_runtime.engine.requests import LoopRequest
+from ouro_runtime.config import ExitParams
 from ouro_runtime.engine.step_output import CDF_STEPS, COUNTS
-from ouro_runtime.loop.drafts import CLASSES, DraftRule, draft_rule
+from ouro_runtime.loop.drafts import CLASSES, DraftRule
 
 KINDS = len(CLASSES) + 1
 LOOPS = 10
@@ -50,27 +50,28 @@ class DraftChoice:
         self._free: list[int] = []
         self._bits = np.arange(KINDS * min(loops - 1, LOOPS))
 
-    def choose(self, requests: Mapping[str, LoopRequest]) -> dict[str, int]:
-        """Who of the requests of a step, all of them decoding, is drafted, as far as there is room:
-        by name, the loops and classes where (bits, as in `_Seat`), or 0 where the request's own
-        exit rule says."""
-        room = (self.lanes - len(requests)) // max(1, self.loops - 1)
+    def choose(self, asked: Mapping[str, ExitParams], requests: int) -> dict[str, int]:
+        """Who is drafted in a step, as far as there is room: by name, the loops and classes where
+        (bits, as in `_Seat`), or 0 where the request's own exit rule says.
+
+        Args:
+            asked: exit controls of those that may be (`draft_rule`). requests: of the step.
+        """
+        room = (self.lanes - requests) // max(1, self.loops - 1)
         chosen: dict[str, int] = {}
-        for name, request in requests.items():
+        for name, params in asked.items():
             if len(chosen) >= room:
                 break
-            if draft_rule(request.params, request.single, self.loops) is None:
-                continue
-            where = self._where(name, request) if request.params.guided else 0
-            if where or not request.params.guided:
+            where = self._where(name, params) if params.guided else 0
+            if where or not params.guided:
                 chosen[name] = where
         return chosen
 
-    def _where(self, name: str, request: LoopRequest) -> int:
+    def _where(self, name: str, params: ExitParams) -> int:
         """What the rule says of a `guided` request."""
         seat = self._seat(name)
         loop, kind = np.divmod(self._bits, KINDS)
-        asked = (loop + 1 >= request.params.min_loops) & (loop + 1 <= request.params.max_loops)
+        asked = (loop + 1 >= params.min_loops) & (loop + 1 <= params.max_loops)
         if seat.tokens >= KNOWN:
             asked &= (seat.seen >> self._bits) % 2 == 1
         bits = self._bits[asked]

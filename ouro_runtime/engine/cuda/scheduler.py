@@ -10,7 +10,7 @@ so the slots reserved for a step hold whatever it writes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -24,6 +24,7 @@ from ouro_runtime.engine.pin import check_parameters
 from ouro_runtime.engine.requests import LoopRequest
 from ouro_runtime.engine.scheduler_common import LoopSchedulerMixin
 from ouro_runtime.engine.step_output import StepOutput
+from ouro_runtime.loop.drafts import draft_rule
 from ouro_runtime.loop.limits import last_readout
 
 check_parameters(AsyncScheduler._update_after_schedule, "scheduler_output")
@@ -65,7 +66,8 @@ class OuroAsyncScheduler(LoopSchedulerMixin, AsyncScheduler):
             self.num_lookahead_tokens = 2 * (config.loops - 1)
         self._filled: dict[str, int] = {}
         self._most: dict[str, int] = {}
-        self._loop: dict[str, LoopRequest] = {}
+        # Exit controls of requests that may be drafted, None of others.
+        self._draftable: dict[str, ExitParams | None] = {}
         self._flight: dict[str, deque[int]] = {}
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
@@ -96,12 +98,16 @@ class OuroAsyncScheduler(LoopSchedulerMixin, AsyncScheduler):
                 brings.add(req_id)
         scheduler_output.ouro_brings = brings
 
-    def _drafts(self, scheduled: Iterable[str]) -> dict[str, int]:
+    def _drafts(self, scheduled: Mapping[str, int]) -> dict[str, int]:
         """See `DraftChoice.choose`."""
         if not self.drafts.lanes:
             return {}
-        requests = {req_id: self._loop_request(self.requests[req_id]) for req_id in scheduled}
-        return self.drafts.choose(requests)
+        for req_id in scheduled.keys() - self._draftable.keys():
+            loop = self._loop_request(self.requests[req_id])
+            never = draft_rule(loop.params, loop.single, self.loop_config.loops) is None
+            self._draftable[req_id] = None if never else loop.params
+        asked = {r: params for r in scheduled if (params := self._draftable[r]) is not None}
+        return self.drafts.choose(asked, len(scheduled)) if asked else {}
 
     def _expect(self, request: Request, known: int) -> None:
         """Count what the steps in flight can bring a request of `known` tokens."""
@@ -120,11 +126,7 @@ class OuroAsyncScheduler(LoopSchedulerMixin, AsyncScheduler):
         return most
 
     def _loop_request(self, request: Request) -> LoopRequest:
-        loop = self._loop.get(request.request_id)
-        if loop is None:
-            params, prompt = request.sampling_params, request.num_prompt_tokens
-            loop = self._loop[request.request_id] = LoopRequest.of(params, prompt, self.loop_config)
-        return loop
+        return LoopRequest.of(request.sampling_params, request.num_prompt_tokens, self.loop_config)
 
     def update_from_output(
         self, scheduler_output: Any, model_runner_output: Any
@@ -164,7 +166,7 @@ class OuroAsyncScheduler(LoopSchedulerMixin, AsyncScheduler):
         if request.is_finished():
             self._filled.pop(request.request_id, None)
             self._most.pop(request.request_id, None)
-            self._loop.pop(request.request_id, None)
+            self._draftable.pop(request.request_id, None)
             self.drafts.close(request.request_id)
             self._flight.pop(request.request_id, None)
         super()._free_request_blocks(request)
