@@ -35,7 +35,8 @@ AS_SHIPPED = {"agree-99": "quality"}
 """Presets that a user's own file has, by the one of the shipped file that is asked for instead."""
 
 OF_OTHERS = {"--build", "--time", "--wait"}
-"""Options of other programs in the documentation: docker's."""
+OF_OTHERS |= {"--lossless", "--acceptance", "--mean-depth", "--slots", "--row-cost"}
+"""Options of other programs in the documentation: docker's, and the simulator's."""
 
 
 @pytest.fixture
