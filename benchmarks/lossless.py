@@ -40,7 +40,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "lossless.json"
 
 def tokens_for(batch: int) -> int:
     """Tokens per request after the first."""
-    return 64 if batch == 1 else 32 if batch <= 8 else 16
+    return 32 if batch <= 8 else 16
 
 
 class Rates:
