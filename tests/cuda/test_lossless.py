@@ -20,6 +20,7 @@ from tests.engine.harness import (
     greedy,
     scheduler_of,
 )
+from tests.engine.mixes import assert_same_values
 
 T = {"t4-mha": 4, "t6-gqa": 6}
 FULL = {"exit_threshold": 1.0}
@@ -32,12 +33,11 @@ DRAFTS: list[dict[str, Any]] = [
 ]
 """When tokens are drafted."""
 OPTIONS: list[dict[str, Any]] = [
-    {},
     {"logprobs": None, "temperature": 1.0, "seed": 7},
     {"logprobs": 5, "temperature": 0.9, "seed": 5, "top_k": 8, "min_p": 0.02},
     {"temperature": 0.8, "seed": 3, "top_p": 0.9, "repetition_penalty": 1.2, "min_tokens": 9},
-    {"temperature": 1.2, "seed": 11, "logprobs": 2, "logprob_token_ids": [3, 4]},
-    {"logit_bias": {5: 2.0, 9: -3.0}, "min_tokens": 5, "stop_token_ids": [7]},
+    {"logprobs": 2, "logprob_token_ids": [3, 4], "logit_bias": {5: 2.0, 9: -3.0}, "min_tokens": 5}
+    | {"temperature": 1.2, "seed": 11, "stop_token_ids": [7]},
 ]
 
 
@@ -49,9 +49,7 @@ def same_answer(what: object, got: Output, wanted: Output) -> None:
     """Tokens, end, and log-probabilities within the order of summation."""
     assert got.tokens == wanted.tokens, what
     assert (got.finish_reason, got.stop_reason) == (wanted.finish_reason, wanted.stop_reason), what
-    for left, right in zip(got.entries, wanted.entries, strict=True):
-        assert left.keys() == right.keys(), what
-        assert all(abs(left[t] - right[t]) < LOGPROB_TOLERANCE for t in left), what
+    assert_same_values(str(what), got, wanted)
 
 
 def check(case: Case, out: Output, what: object) -> None:
@@ -66,19 +64,16 @@ def check(case: Case, out: Output, what: object) -> None:
     assert out.drafts[0] == out.drafts[-1] == 0, "neither a prompt nor a last token is drafted"
 
 
-def golden(llm: Any, checkpoint: str, every: int, drafts: list[dict[str, Any]]) -> int:
-    """Cases of every loop in one batch, drafted in several ways; drafts made."""
+def golden(llm: Any, checkpoint: str) -> int:
+    """Cases of every loop, drafted in several ways, in one batch by the pieces alone and in another
+    by vLLM's sampler; drafts made."""
     cases = [case for case in golden_cases(checkpoint, ("full",)) if len(case.prompt) <= 17]
-    cases, made = cases[::every], 0
-    asked = [(case, draft, plain) for case in cases for draft in drafts for plain in (True, False)]
-    for plain in (True, False):
-        part = [(case, draft) for case, draft, kind in asked if kind == plain]
-        outs = generate(
-            llm,
-            [case.prompt for case, _ in part],
-            [greedy(len(c.tokens), lossless(d), logprobs=None if plain else 1) for c, d in part],
-        )
-        for (case, draft), out in zip(part, outs, strict=True):
+    made = 0
+    for logprobs, some in ((None, cases), (1, cases[1:2])):
+        asked = [(case, draft) for case in some for draft in DRAFTS[:4]]
+        params = [greedy(len(c.tokens), lossless(d), logprobs=logprobs) for c, d in asked]
+        outs = generate(llm, [case.prompt for case, _ in asked], params)
+        for (case, draft), out in zip(asked, outs, strict=True):
             check(case, out, draft)
             made += sum(map(bool, out.drafts))
     bench.assert_idle(llm)
@@ -87,12 +82,12 @@ def golden(llm: Any, checkpoint: str, every: int, drafts: list[dict[str, Any]]) 
 
 @bench.on("t4")
 def test_golden_answers_of_four_loops(llm: Any) -> None:
-    assert golden(llm, "t4-mha", 3, DRAFTS[:4]) > 50
+    assert golden(llm, "t4-mha") > 50
 
 
 @bench.on("t6")
 def test_golden_answers_of_six_loops(llm: Any) -> None:
-    assert golden(llm, "t6-gqa", 4, DRAFTS[:4]) > 50
+    assert golden(llm, "t6-gqa") > 50
 
 
 @bench.on("t4")
@@ -147,19 +142,18 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
 @bench.on("mini")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_option_as_at_full_depth(llm: Any, options: dict[str, Any]) -> None:
-    ids = prompts(3)
-    wanted = generate(llm, ids, [greedy(14, FULL, **options)] * 3)
-    ways = DRAFTS[::2]
-    asked = [greedy(14, lossless(draft), **options) for draft in ways for _ in ids]
+    ids, ways = prompts(2), DRAFTS[:3:2]
+    wanted = generate(llm, ids, [greedy(12, FULL, **options)] * 2)
+    asked = [greedy(12, lossless(draft), **options) for draft in ways for _ in ids]
     outs = generate(llm, ids * len(ways), asked)
     right = 0
     for index, got in enumerate(outs):
-        same_answer(f"{options} {ways[index // 3]}", got, wanted[index % 3])
+        same_answer((options, ways[index // 2]), got, wanted[index % 2])
         right += sum(depth < 4 for depth in got.depths)
     if "repetition_penalty" in options:
         assert not right, "what counts the tokens before it is not drafted"
     else:
-        assert right > 20, "hardly a draft was right: this tests nothing"
+        assert right > 10, "hardly a draft was right: this tests nothing"
     bench.assert_idle(llm)
 
 
@@ -168,12 +162,12 @@ def test_where_an_answer_ends(llm: Any) -> None:
     """At `max_tokens`, the model's length, or a stop token, that was drafted or not."""
     (ids,) = prompts(1)
     limit = llm.llm_engine.vllm_config.model_config.max_model_len
-    (free,) = generate(llm, [ids], [greedy(16, FULL, logprobs=None)])
+    (free,) = generate(llm, [ids], [greedy(12, FULL, logprobs=None)])
     ends = [(ids, {"max_tokens": count}) for count in (1, 2, 5)]
-    ends += [(ids, {"stop_token_ids": [free.tokens[place]]}) for place in (0, 6, 7)]
+    ends += [(ids, {"stop_token_ids": [free.tokens[place]]}) for place in (0, 6)]
     ends += [((ids * limit)[: limit - spare], {"max_tokens": 50}) for spare in (1, 7)]
-    ways = [FULL, *(lossless(draft) for draft in DRAFTS[1:4])]
-    asked = [(prompt, {"max_tokens": 16, **end}, way) for prompt, end in ends for way in ways]
+    ways = [FULL, *(lossless(draft) for draft in DRAFTS[:3])]
+    asked = [(prompt, {"max_tokens": 12, **end}, way) for prompt, end in ends for way in ways]
     params = [greedy(**end, depth=way, logprobs=None) for _, end, way in asked]
     outs = generate(llm, [prompt for prompt, _, _ in asked], params)
     for index, ((_, end, way), out) in enumerate(zip(asked, outs, strict=True)):
@@ -191,6 +185,7 @@ def test_an_abort_in_mid_flight_leaves_nothing_behind(llm: Any) -> None:
         Arrival(str(index), prompt, params, step=0, abort_after=4 if index in (1, 2) else None)
         for index, prompt in enumerate(ids)
     ]
+    drafts.carried_alive.zero_()
     flying, step = [], llm.llm_engine.step
 
     def noting() -> Any:
@@ -199,7 +194,7 @@ def test_an_abort_in_mid_flight_leaves_nothing_behind(llm: Any) -> None:
 
     with mock.patch.object(llm.llm_engine, "step", noting):
         seen = drive(llm, arrivals)
-    assert max(flying) > 4, "nothing was in flight"
+    assert max(flying) > len(ids), "nothing was in flight beyond each request's oldest position"
     bench.assert_idle(llm)
     assert not bench.lane_state(llm).requests._flights
     for index in (0, 3):
@@ -252,7 +247,7 @@ def crowd(llm: Any, count: int, seed: int, longest: int) -> None:
 
 @bench.on("mini")
 def test_whatever_a_crowd_asks_for_each_gets_what_it_gets_alone(llm: Any) -> None:
-    crowd(llm, 10, seed=1, longest=14)
+    crowd(llm, 8, seed=1, longest=12)
 
 
 @pytest.mark.long

@@ -98,7 +98,7 @@ def test_drafts_by_replays_of_what_was_captured(llm: Any, captured: Counter[int]
     assert state.graphs.draft_buckets == (8,)
     (case, *_) = golden_cases("t4-mha", ("full",))
     depth, played = {"exit_mode": "lossless", "exit_threshold": 0.0}, Counter[str]()
-    replay = state.graphs.replay
+    replay = state.engine.replay
 
     def noting(piece: str, lanes: int) -> bool:
         there = replay(piece, lanes)
@@ -106,7 +106,7 @@ def test_drafts_by_replays_of_what_was_captured(llm: Any, captured: Counter[int]
         return there
 
     params = greedy(len(case.tokens), depth, **PLAIN)
-    with mock.patch.object(state.graphs, "replay", noting):
+    with mock.patch.object(state.engine, "replay", noting):
         (out,) = generate(llm, [case.prompt], [params])
     assert tuple(out.tokens) == case.tokens and any(out.drafts)
     steps = played["draft_begin"]

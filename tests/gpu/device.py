@@ -97,6 +97,7 @@ class Device:
         self.loops, self.table = loops, weights(VOCAB, H, scale=1.0)
         head = weights(VOCAB, H, scale=1.0)
         layers = [layer(), layer()]
+        self.caches = [cache for x in layers for cache in (x.k_cache, x.v_cache)]
         angles = torch.arange(LONGEST)[:, None] / 10.0 ** torch.arange(SIZE // 2)
         cos_sin = torch.cat([angles.cos(), angles.sin()], 1)
         parts = BlockParts(layers, torch.ones(H), 1e-6, cos_sin, SIZE**-0.5, loops, LONGEST)

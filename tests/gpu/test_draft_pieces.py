@@ -142,3 +142,15 @@ def test_every_right_draft_saves_what_it_can() -> None:
         brought.append(len(request.tokens))
     assert brought == [0, 1, 5, 9, 13, 17, 20]
     assert [depth for depth, *_ in request.notes] == [1] * 19 + [4]
+
+
+def test_the_capture_runs_nobody() -> None:
+    """Pieces run as they are before the first request: with zeros for parameters."""
+    device = Device(4, 0)
+    for lanes in (LANES, 4):
+        for run in device.engine.capturable(drafts=True).values():
+            run(lanes)
+    b, drafts = device.buffers, device.buffers.drafts
+    assert drafts is not None
+    assert not b.carried_loop.any() and not drafts.carried_alive.any()
+    assert all(cache.isnan().all() for cache in device.caches)

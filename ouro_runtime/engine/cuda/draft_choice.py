@@ -36,6 +36,11 @@ class _Seat:
     tokens: int = 0
 
 
+def _below(loops: int) -> int:
+    """The bits of what is read out after fewer loops than so many."""
+    return 1 << KINDS * min(loops - 1, LOOPS)
+
+
 class DraftChoice:
     """Chooses, and learns from what was right.
 
@@ -57,27 +62,29 @@ class DraftChoice:
         Args:
             asked: exit controls of those that may be (`draft_rule`). requests: of the step.
         """
-        room = (self.lanes - requests) // max(1, self.loops - 1)
-        chosen: dict[str, int] = {}
-        for name, params in asked.items():
-            if len(chosen) >= room:
-                break
-            where = self._where(name, params) if params.guided else 0
-            if where or not params.guided:
-                chosen[name] = where
-        return chosen
+        room = max(0, self.lanes - requests) // max(1, self.loops - 1)
+        guided = {name: params for name, params in asked.items() if params.guided}
+        where = self._where(guided) if guided and room else {}
+        chosen = [(name, where.get(name, 0)) for name in asked if where.get(name) != 0]
+        return dict(chosen[:room])
 
-    def _where(self, name: str, params: ExitParams) -> int:
-        """What the rule says of a `guided` request."""
-        seat = self._seat(name)
-        loop, kind = np.divmod(self._bits, KINDS)
-        asked = (loop + 1 >= params.min_loops) & (loop + 1 <= params.max_loops)
-        if seat.tokens >= KNOWN:
-            asked &= (seat.seen >> self._bits) % 2 == 1
-        bits = self._bits[asked]
-        cdf = np.array([0.0, *CLASSES])[kind[asked]]
-        yes = self.rule.drafts(np.full(len(bits), seat.number), loop[asked] + 1, cdf)
-        return int((1 << bits[yes]).sum())
+    def _where(self, guided: Mapping[str, ExitParams]) -> dict[str, int]:
+        """What the rule says of requests, all of them asked at once."""
+        seats = [self._seat(name) for name in guided]
+        masks = np.array(
+            [
+                (_below(p.max_loops + 1) - _below(p.min_loops))
+                & (seat.seen if seat.tokens >= KNOWN else -1)
+                for seat, p in zip(seats, guided.values(), strict=True)
+            ]
+        )
+        who, bit = np.nonzero((masks[:, None] >> self._bits) % 2)
+        loop, kind = np.divmod(bit, KINDS)
+        numbers = np.array([seat.number for seat in seats])[who]
+        yes = self.rule.drafts(numbers, loop + 1, np.array([0.0, *CLASSES])[kind])
+        bits = np.zeros(len(seats), np.int64)
+        np.bitwise_or.at(bits, who[yes], 1 << bit[yes])
+        return dict(zip(guided, bits.tolist(), strict=True))
 
     def _seat(self, name: str) -> _Seat:
         seat = self._seats.get(name)

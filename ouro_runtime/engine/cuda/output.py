@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ class StepBill:
     rows: int
     loops: int
     drafted: np.ndarray | None = None
-    _flights: np.ndarray | None = None
+    _flights: np.ndarray | None = field(default=None, init=False)
 
     def settle(self, packed: np.ndarray, count: np.ndarray) -> StepOutput:
         """The step's depths.
