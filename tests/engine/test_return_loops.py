@@ -20,11 +20,12 @@ from tests.reference.model import Reference
 LOOPS = {"t4-mha": 4, "t6-gqa": 6}
 MOST = 5
 FULL: dict[str, Any] = {"exit_threshold": 1.0}
+GUIDED = {"exit_mode": "lossless"}
 MODES: list[dict[str, Any]] = [
     FULL,
     *({"exit_threshold": q, "exit_mode": mode} for q in (0.2, 0.5) for mode in ("skip", "exact")),
     {"forced_depths": [1, 3, 2, 1, 4], "exit_mode": "skip"},
-    {"exit_mode": "lossless"},
+    GUIDED,
     {"exit_mode": "lossless", "exit_threshold": 0.2},
     {"exit_mode": "lossless", "forced_depths": [1, 2]},
 ]
@@ -101,7 +102,10 @@ def test_in_any_mode_the_loop_of_the_read_out_says_the_token_and_nothing_else_ch
     asked = [extra | {"return_loops": 1 + place} for place, extra in enumerate(MODES)]
     outputs = ask(llm, [*prompts, *prompts], [*asked, *MODES])
     for place, (before, output) in enumerate(zip([*plain, *plain], outputs, strict=True)):
-        assert (output.token_ids, output.depths) == (before.token_ids, before.depths)
+        assert output.token_ids == before.token_ids
+        # Where drafts are made by what the server has learnt, no two runs need agree.
+        if MODES[place % len(MODES)] != GUIDED:
+            assert output.depths == before.depths
         if place >= len(MODES):
             assert output.loops == []
             continue
@@ -115,7 +119,7 @@ def test_in_any_mode_the_loop_of_the_read_out_says_the_token_and_nothing_else_ch
         ):
             last = said[-1][0]
             assert (last["token_id"], last["token"]) == (token, None)
-            assert last["logprob"] == pytest.approx(logprob[token].logprob, abs=1e-5)
+            assert last["logprob"] == pytest.approx(logprob[token].logprob, abs=LOGPROB_TOLERANCE)
 
 
 def test_sampling_changes_the_token_and_not_what_is_said(checkpoint: str, llm: LLM) -> None:
