@@ -61,7 +61,8 @@ def merged(
 
 
 @pytest.fixture(scope="module")
-def serving() -> Iterator[LLM]:
+def serving(merged: dict[str, list[list[Output]]]) -> Iterator[LLM]:
+    """Started when the engines of `merged` have ended: one that ends takes vLLM's groups along."""
     options = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8, "max_cpu_loras": 2}
     with engine(CHECKPOINT, enable_prefix_caching=True, max_num_seqs=16, **options) as llm:
         yield llm
