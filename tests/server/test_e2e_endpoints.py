@@ -124,4 +124,3 @@ def test_what_messages_generate_is_counted(live: Live) -> None:
         body = {"messages": ASK, "model": live.model, "depth_preset": "fast", "stream": stream}
         live.http.post("/v1/messages", json=OPTIONS | body)
     assert counted() == before + 2
-
