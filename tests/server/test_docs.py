@@ -30,8 +30,8 @@ PRESETS = [
     if block.language == "yaml" and "presets:" in block.text
 ]
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
-OF_OTHERS = {"--build", "--time", "--wait"}
-"""Options of other programs in the documentation: docker's."""
+OF_OTHERS = {"--build", "--minutes", "--time", "--wait"}
+"""Options of other programs in the documentation: docker's, and of our training."""
 
 
 @pytest.fixture
