@@ -73,11 +73,13 @@ def served_by(request: Request) -> ServedDepth | None:
 
 
 def resolving(endpoint: depth.Endpoint) -> Callable[[Request], Awaitable[None]]:
-    """A dependency that notes the depth the body means; 400 unless it can be honoured."""
+    """A dependency that notes the depth and the model the body means; 400 for a depth that cannot
+    be honoured."""
 
     async def resolve_depth(raw_request: Request) -> None:
         body = await raw_request.json()
         raw_request.state.depth = depth.read_request(body, served_by(raw_request), endpoint)
+        raw_request.state.model = body.get("model") if isinstance(body, dict) else None
 
     return resolve_depth
 

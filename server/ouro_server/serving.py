@@ -10,7 +10,7 @@ from http import HTTPStatus
 from typing import Any, TypeVar
 
 from ouro_runtime.engine.reasoning import reading_ids
-from ouro_server.depth import RETURN_FIELDS
+from ouro_server.depth import RETURN_FIELDS, read_request
 from ouro_server.errors import STOPPED
 from ouro_server.resolve import Resolved
 from ouro_server.schemas import DepthChatRequest, DepthCompletionRequest, DepthFields
@@ -87,13 +87,18 @@ def wanted_keys(request: Any) -> tuple[str, ...]:
     return tuple(key for flag, key in RETURN_FIELDS.items() if getattr(request, flag, None))
 
 
-async def deepened(request: Any, raw_request: Any, cls: type[DepthFields]) -> Any:
-    """A request with its depth. One that came through an endpoint of vLLM's own for such bodies is
-    none of ours yet: that endpoint's check has resolved it (`routes.guard_others`)."""
+async def deepened(
+    request: Any, raw_request: Any, cls: type[DepthFields], served: ServedDepth
+) -> Any:
+    """A request with its depth. One that came to `/invocations` is none of ours yet: vLLM reads the
+    body itself, with the model that a header names in the place of the body's, or with none."""
     if isinstance(request, DepthFields) or raw_request is None:
         return request
-    deep = cls.model_validate(await raw_request.json())
-    deep.resolve(raw_request.state.depth)
+    body = await raw_request.json()
+    if body.get("model") is None:
+        body = {**body, "model": raw_request.state.model}
+    deep = cls.model_validate(body)
+    deep.resolve(read_request(body, served))
     return deep
 
 
@@ -160,7 +165,7 @@ class DepthServingChat(BegunChat):
     depth: ServedDepth
 
     async def create_chat_completion(self, request: Any, raw_request: Any = None) -> Any:
-        request = await deepened(request, raw_request, DepthChatRequest)
+        request = await deepened(request, raw_request, DepthChatRequest, self.depth)
         request = without_alias(request, self.depth)
         return await super().create_chat_completion(request, raw_request)
 
@@ -237,7 +242,7 @@ class DepthServingCompletion(NamedErrors, OpenAIServingCompletion):
     depth: ServedDepth
 
     async def create_completion(self, request: Any, raw_request: Any = None) -> Any:
-        request = await deepened(request, raw_request, DepthCompletionRequest)
+        request = await deepened(request, raw_request, DepthCompletionRequest, self.depth)
         request = without_alias(request, self.depth)
         return await begun(await super().create_completion(request, raw_request), raw_request)
 

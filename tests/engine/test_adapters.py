@@ -61,7 +61,8 @@ def merged(
 
 
 @pytest.fixture(scope="module")
-def serving() -> Iterator[LLM]:
+def serving(merged: dict[str, list[list[Output]]]) -> Iterator[LLM]:
+    """Started when the engines of `merged` have ended: one that ends takes vLLM's groups along."""
     options = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8, "max_cpu_loras": 2}
     with engine(CHECKPOINT, enable_prefix_caching=True, max_num_seqs=16, **options) as llm:
         yield llm
@@ -82,6 +83,13 @@ def ask(llm: LLM, adapters: dict[str, str], asked: list[tuple[str, int, int]]) -
     return [Output.of(answer.outputs[0]) for answer in answers]
 
 
+def agree(what: object, got: Output, wanted: Output, depth: int) -> None:
+    """The same tokens and depths; where a lossless token is drafted is the server's business."""
+    lossless = DEPTHS[depth].get("exit_mode") == "lossless"
+    depths = wanted.depths if lossless else got.depths
+    assert_same(str(what), got.tokens, depths, wanted.tokens, wanted.depths)
+
+
 def everything(seed: int) -> list[tuple[str, int, int]]:
     """Every adapter with every prompt and depth, shuffled."""
     asked = [(n, p, d) for n in NAMES for p in range(5) for d in range(len(DEPTHS))]
@@ -96,7 +104,7 @@ def test_a_crowd_of_adapters_answers_as_the_merged_weights(
     """The second time most prompts come out of the prefix cache: each from its own adapter's."""
     asked = everything(seed)
     for (name, prompt, depth), got in zip(asked, ask(serving, adapters, asked), strict=True):
-        assert_same(got, merged[name][depth][prompt])
+        agree((name, prompt, depth), got, merged[name][depth][prompt], depth)
     assert_idle(serving)
 
 
@@ -105,7 +113,7 @@ def test_one_adapter_alone_answers_as_in_the_crowd(
 ) -> None:
     for name in NAMES:
         (got,) = ask(serving, adapters, [(name, 1, 1)])
-        assert_same(got, merged[name][1][1])
+        agree(name, got, merged[name][1][1], 1)
 
 
 def test_the_prefix_cache_keeps_adapters_apart(serving: LLM, adapters: dict[str, str]) -> None:
@@ -139,7 +147,7 @@ def test_adapters_give_up_their_places_to_others(
         use_tqdm=False,
     )
     for answer, (_, name) in zip(answers, asked, strict=True):
-        assert_same(Output.of(answer.outputs[0]), merged[name][1][0])
+        agree(name, Output.of(answer.outputs[0]), merged[name][1][0], 1)
 
 
 @pytest.mark.parametrize("target", ["early_exit_gate", "lm_head"])

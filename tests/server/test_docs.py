@@ -34,9 +34,9 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 AS_SHIPPED = {"agree-99": "quality"}
 """Presets that a user's own file has, by the one of the shipped file that is asked for instead."""
 
-OF_OTHERS = {"--build", "--time", "--wait"}
+OF_OTHERS = {"--build", "--minutes", "--time", "--wait"}
 OF_OTHERS |= {"--lossless", "--acceptance", "--mean-depth", "--slots", "--row-cost"}
-"""Options of other programs in the documentation: docker's, and the simulator's."""
+"""Options of other programs in the documentation: docker's, of our training, the simulator's."""
 
 
 @pytest.fixture

@@ -84,6 +84,12 @@ def test_every_endpoint_takes_an_adapter_with_a_preset(adapted: Live, path: str)
         assert (said["source"], said.get("preset")) == ("alias" if preset else "default", preset)
 
 
+def test_sagemakers_header_names_an_adapter_too(adapted: Live) -> None:
+    header = {"X-Amzn-SageMaker-Adapter-Identifier": "first@fast"}
+    answer = adapted.http.post("/invocations", json=ASKING["/invocations"], headers=header).json()
+    assert (answer["model"], answer["usage"]["depth"]["preset"]) == ("first@fast", "fast")
+
+
 def test_a_stream_names_the_alias(adapted: Live) -> None:
     stream = adapted.client.chat.completions.create(
         model="first@fast", messages=ASK, max_tokens=12, stream=True
