@@ -53,13 +53,10 @@ def command_line(folder: Path) -> list[str]:
 def cut(folder: Path, command_line: list[str]) -> list[str]:
     """The state's lines when a run was killed, once it had written some."""
     state = folder / "out" / "state.jsonl"
-    running = subprocess.Popen(
-        command_line,
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=(folder / "killed.log").open("w"),
-    )
+    with (folder / "killed.log").open("w") as log:
+        running = subprocess.Popen(
+            command_line, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=log
+        )
     deadline = time.monotonic() + SECONDS
     while not state.exists() or state.read_text().count("\n") < 3:
         assert running.poll() is None, (folder / "killed.log").read_text()
@@ -99,7 +96,8 @@ def test_the_presets_are_those_that_a_server_takes(resumed: Path) -> None:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[VllmEngine]:
-    made = command.start(str(checkpoint.shipped()), ENGINE, None)
+    model = str(checkpoint.shipped())
+    made = command.start(model, ENGINE, checkpoint.read_config(model))
     assert isinstance(made, VllmEngine)
     yield made
     made.llm.llm_engine.engine_core.shutdown()
