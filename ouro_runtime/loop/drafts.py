@@ -112,35 +112,57 @@ class DraftRule:
                 self._wait[at] = FIRST_WAIT
 
 
-TRY, LOOK_AGAIN = 6, 256
-"""Decoding steps for which each choice is tried, and after which the other one is tried again."""
+TRY, LOOK_AGAIN, LONGEST_LOOK = 6, 16, 256
+"""Decoding steps for which each choice is tried, after which the other one is tried again, and
+after which at the latest: each time that a choice is confirmed it stands twice as long."""
 
 
 @dataclass
 class _Choice:
-    """Steps with drafts, or without, at about one batch size."""
+    """The last steps with drafts, or without, at about one batch size."""
 
-    seconds: list[float] = field(default_factory=list)  # per token, of the last steps
+    seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
 
-    def note(self, value: float) -> None:
-        self.seconds.append(value)
-        del self.seconds[:-LOOK_AGAIN]
+    def note(self, seconds: float, tokens: int) -> None:
+        for kept, value in ((self.seconds, seconds), (self.tokens, tokens)):
+            kept.append(value)
+            del kept[: -2 * LOOK_AGAIN]
+
+    def clear(self) -> None:
+        self.seconds.clear()
+        self.tokens.clear()
 
     @property
     def cost(self) -> float:
-        """Seconds per token, the slowest steps left out: another program's doing."""
-        ordered = sorted(self.seconds)
-        return float(np.mean(ordered[: max(1, len(ordered) * 3 // 4)]))
+        """Seconds of a step over its tokens. The median of the seconds, for a slow step is another
+        program's doing; the mean of the tokens, for with drafts they come in bursts."""
+        return float(np.median(self.seconds) / max(np.mean(self.tokens), 1e-9))
 
 
 @dataclass
 class _Size:
-    """What is known of a batch size."""
+    """What is known of a batch size; `switched`: the next step still has what the choice before
+    left in flight."""
 
     choices: Sequence[_Choice] = field(default_factory=lambda: (_Choice(), _Choice()))
     drafting: bool = True
+    switched: bool = True
     left: int = TRY
     settled: bool = False
+    best: bool | None = None
+    stands: int = LOOK_AGAIN
+
+    def switch(self, drafting: bool) -> None:
+        self.switched = drafting != self.drafting
+        self.drafting = drafting
+
+    def settle(self) -> None:
+        """Both choices were tried."""
+        best = self.choices[True].cost <= self.choices[False].cost
+        self.stands = min(2 * self.stands, LONGEST_LOOK) if best == self.best else LOOK_AGAIN
+        self.best, self.settled, self.left = best, True, self.stands
+        self.switch(best)
 
 
 class DraftTrial:
@@ -161,19 +183,19 @@ class DraftTrial:
     def note(self, requests: int, seconds: float, tokens: int) -> None:
         """A step in which all requests were decoding took so long, and brought so many tokens."""
         size = self._size(requests)
-        if tokens:
-            size.choices[size.drafting].note(seconds / tokens)
+        if not size.switched:
+            size.choices[size.drafting].note(seconds, tokens)
+        size.switched = False
         size.left -= 1
         if size.left > 0:
             return
         if size.settled or not size.choices[not size.drafting].seconds:
             # Try the other choice, with an open mind.
             size.settled, size.left = False, TRY
-            size.drafting = not size.drafting
-            size.choices[size.drafting].seconds.clear()
+            size.switch(not size.drafting)
+            size.choices[size.drafting].clear()
         else:
-            size.settled, size.left = True, LOOK_AGAIN
-            size.drafting = size.choices[True].cost <= size.choices[False].cost
+            size.settle()
 
     def _size(self, requests: int) -> _Size:
         return self._sizes.setdefault(requests.bit_length(), _Size())

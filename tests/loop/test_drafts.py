@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ouro_runtime.loop.drafts import LONGEST_WAIT, LOOK_AGAIN, TRY, DraftRule, DraftTrial
+from ouro_runtime.loop.drafts import LONGEST_LOOK, LONGEST_WAIT, TRY, DraftRule, DraftTrial
 
 LOOPS = 4
 
@@ -73,12 +73,12 @@ def test_a_gate_that_knows_is_listened_to() -> None:
 def test_what_is_faster_is_done(pays: bool) -> None:
     trial, drafted = DraftTrial(), 0
     rng = np.random.default_rng(1)
-    for _ in range(4 * LOOK_AGAIN):
+    for _ in range(4 * LONGEST_LOOK):
         drafting = trial.decide(16)
         drafted += drafting
         cost = 1.0 if drafting == pays else 1.2
         trial.note(16, cost * 16 * rng.uniform(0.95, 1.05), 16)
-    share = drafted / (4 * LOOK_AGAIN)
+    share = drafted / (4 * LONGEST_LOOK)
     assert share > 0.93 if pays else share < 0.07
 
 
@@ -87,3 +87,28 @@ def test_batch_sizes_are_tried_apart() -> None:
     for _ in range(3 * TRY):
         trial.note(64, 2.0 if trial.decide(64) else 1.0, 64)
     assert not trial.decide(64) and trial.decide(1)
+
+
+def test_tokens_that_come_in_bursts_are_no_gain() -> None:
+    """Drafts that cost a tenth more in the end, though most of their steps look cheap or slow."""
+    trial, drafted = DraftTrial(), 0
+    rng = np.random.default_rng(2)
+    for step in range(4 * LONGEST_LOOK):
+        drafting = trial.decide(8)
+        drafted += drafting
+        slow = 3.0 if rng.random() < 0.1 else 1.0
+        tokens = (4 if step % 2 else 14) if drafting else 8
+        trial.note(8, slow * (9.9 if drafting else 8.0), tokens)
+    assert drafted < 0.15 * 4 * LONGEST_LOOK
+
+
+def test_a_first_impression_does_not_last() -> None:
+    """What the first steps took, while the machine was busy with something else, is looked at again
+    soon."""
+    trial, drafted = DraftTrial(), 0
+    for step in range(300):
+        drafting = trial.decide(8)
+        drafted += drafting
+        busy = 3.0 if step in range(TRY, 2 * TRY) else 1.0
+        trial.note(8, busy * (1.3 if drafting else 1.0), 8)
+    assert drafted < 60
