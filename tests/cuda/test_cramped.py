@@ -131,6 +131,8 @@ def test_prompts_of_one_token_a_step_beside_lanes(llm: Any) -> None:
 
     with (
         mock.patch.object(scheduler.scheduler_config, "long_prefill_token_threshold", 1),
+        # What drafts would need beyond this decides who is preempted when.
+        mock.patch.object(scheduler, "num_lookahead_tokens", 3),
         mock.patch.object(requests, "row_stops", noting),
     ):
         scheduler.reset_prefix_cache()
