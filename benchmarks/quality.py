@@ -75,13 +75,13 @@ class EngineBackend:
 
     name = "engine"
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, dtype: str = "float32") -> None:
         from vllm import LLM
 
         # A fixed cache: by default vLLM takes a share of the machine's memory, or refuses to start.
         self.llm = LLM(
             model=str(model),
-            dtype="float32",
+            dtype=dtype,
             max_model_len=512,
             max_num_seqs=128,
             kv_cache_memory_bytes=512 << 20,

@@ -41,6 +41,7 @@ class OuroConfigHook(VerifyAndUpdateConfig):
         check_config(vllm_config.model_config.hf_config.to_dict(), "config.json and hf_overrides")
         LoopConfig.of(vllm_config)
         refuse(vllm_config)
+        refuse_format(vllm_config)
         if current_platform.is_cuda():
             on_cuda(vllm_config)
             return
@@ -65,6 +66,15 @@ class OuroConfigHook(VerifyAndUpdateConfig):
                 # closer together the elements of one token, and the cheaper its stand-ins.
                 cache.block_size = CPU_BLOCK_SIZE
                 cache.user_specified_block_size = True
+
+
+def refuse_format(vllm_config: Any) -> None:
+    """Raise CheckpointError for a quantized checkpoint that vLLM has no kernel for on this CPU."""
+    said = getattr(vllm_config.model_config.hf_config, "quantization_config", None)
+    if said and current_platform.is_cpu():
+        from ouro_runtime.model import quantized
+
+        quantized.check_quantization(said, quantized.has_four_bits(), quantized.overflows())
 
 
 def on_cuda(vllm_config: Any) -> None:

@@ -10,6 +10,7 @@ share that loop T confirms; `usage.depth` tells both of a server.
 from __future__ import annotations
 
 import argparse
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -112,7 +113,8 @@ def random_depths(rng: np.random.Generator, count: int, mean: float, loops: int)
     return 1 + rng.binomial(loops - 1, (mean - 1) / max(1, loops - 1), count)
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--slots", type=int, default=512, help="requests that run at a time")
@@ -131,13 +133,25 @@ def main() -> None:
         help="time of a pass per further row, over that of a pass with one row (default: 0, as "
         "where reading the weights is all that a pass costs)",
     )
+    parser.add_argument(
+        "--pass-ms",
+        type=float,
+        help="milliseconds that a pass with one row takes: says tokens and requests a second, too",
+    )
     parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main() -> None:
+    parser = build_parser()
     args = parser.parse_args()
     if not 1 <= args.mean_depth <= args.loops:
         parser.error(f"--mean-depth must be from 1 to {args.loops}")
     for name in ("acceptance", "row_cost"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name.replace('_', '-')} must be from 0 to 1")
+    if args.pass_ms is not None and not 0 < args.pass_ms < math.inf:
+        parser.error("--pass-ms must be above 0")
     rng = np.random.default_rng(args.seed)
     traces = [
         Trace(args.prompt, random_depths(rng, args.tokens, args.mean_depth, args.loops))
@@ -163,6 +177,9 @@ def main() -> None:
     seconds = (1 + args.row_cost * (rows - 1)).sum()
     whole = lockstep * (1 + args.row_cost * (seats - 1))
     print(f"gain in time {whole / seconds:.2f}x, at a row cost of {args.row_cost:g}")
+    if args.pass_ms is not None:
+        took = seconds * args.pass_ms / 1000
+        print(f"tokens a second {tokens / took:.0f}, requests a second {args.requests / took:.1f}")
 
 
 if __name__ == "__main__":

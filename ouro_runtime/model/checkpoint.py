@@ -22,6 +22,9 @@ SHOWN = 3
 MAX_HEADER = 100_000_000
 """Bytes; safetensors' own limit. A larger number means that the file is something else."""
 
+NARROW = 63
+"""The largest 8-bit weight of which two products with an 8-bit input fit into 16 bits."""
+
 Shape = tuple[int, ...]
 
 

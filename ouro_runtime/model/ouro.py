@@ -11,7 +11,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsQuant
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
+from ouro_runtime.model.attention import ON_CPU
 from ouro_runtime.model.block import LoopBlock
+
+if ON_CPU:
+    from ouro_runtime.model.quantized import check_loaded
 
 
 class OuroForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
@@ -27,6 +31,7 @@ class OuroForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
         super().__init__()
         self.config = config = vllm_config.model_config.hf_config
         self.loops = config.total_ut_steps
+        self.quantized = vllm_config.quant_config is not None
         self.model = LoopBlock(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
             config.vocab_size,
@@ -59,4 +64,7 @@ class OuroForCausalLM(nn.Module, SupportsLoRA, SupportsQuant):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return AutoWeightsLoader(self).load_weights(weights)
+        loaded = AutoWeightsLoader(self).load_weights(weights)
+        if ON_CPU and self.quantized:
+            check_loaded(self)
+        return loaded

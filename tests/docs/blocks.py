@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCS = ("docs/api.md", "docs/depth.md", "docs/operations.md")
+DOCS = ("docs/api.md", "docs/cluster.md", "docs/depth.md", "docs/operations.md")
 SERVER = "http://127.0.0.1:8000"
 """Where commands of the documentation expect a server."""
 

@@ -24,8 +24,9 @@ synopsis, whose options are checked there."""
 NOT_RUN = {
     "ouro-serve": "serves until it is stopped; tests/server/test_docs.py checks its options",
     "docker": "needs Docker's daemon; tests/project checks the files, and here that they exist",
-    "python": "trains for a minute; tests/training tests what it does",
+    "kubectl": "needs a cluster; tests/project/test_kubernetes.py checks the files",
     "make": "installs and serves; a dry run shows that make knows the targets",
+    "python": "run in tests/docs/test_fleet.py, tests/model/test_quantize.py and tests/training",
 }
 """First words of commands that are not run, and why."""
 

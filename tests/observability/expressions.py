@@ -1,4 +1,4 @@
-"""The PromQL of the dashboard and of the alert rules."""
+"""The PromQL of the dashboard, of the alert rules and of the autoscaler."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "docker/prometheus/prometheus.yml"
 RULES = ROOT / "docker/prometheus/rules.yml"
 DASHBOARD = ROOT / "docker/grafana/dashboards/ouro.json"
+AUTOSCALER = ROOT / "docker/k8s/autoscaler.yaml"
 
 VARIABLES = {"$model": ".*", "$__rate_interval": "1m", "$__range": "1m"}
 """What Grafana puts in place of the dashboard's variables."""
@@ -31,6 +32,14 @@ def of_rules() -> dict[str, str]:
     """Alert -> expression."""
     groups = yaml.safe_load(RULES.read_text())["groups"]
     return {rule["alert"]: rule["expr"] for group in groups for rule in group["rules"]}
+
+
+def of_autoscaler() -> dict[str, str]:
+    """Trigger -> query, without the label that only a cluster's Prometheus puts on."""
+    triggers = yaml.safe_load(AUTOSCALER.read_text())["spec"]["triggers"]
+    label = '{namespace="ouro"}'
+    assert all(label in trigger["metadata"]["query"] for trigger in triggers)
+    return {t["name"]: t["metadata"]["query"].replace(label, "") for t in triggers}
 
 
 def filled(expression: str) -> str:

@@ -12,7 +12,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.debian import need
-from tests.observability.expressions import ROOT, metrics, of_dashboard, of_rules, undecided
+from tests.observability.expressions import (
+    ROOT,
+    metrics,
+    of_autoscaler,
+    of_dashboard,
+    of_rules,
+    undecided,
+)
 from tests.observability.load import drive
 from tests.observability.prometheus import Prometheus
 from tests.observability.prometheus import start as start_prometheus
@@ -25,6 +32,7 @@ SCRAPES_SECONDS = 2.5
 """Long enough for two scrapes and an evaluation of the rules."""
 
 DASHBOARD = of_dashboard()
+AUTOSCALER = of_autoscaler()
 RULES = of_rules()
 TABLE_ROW = re.compile(r"^\| `(ouro_\w+)(?:\{([\w, ]+)\})?` \| (\w+) \|", re.MULTILINE)
 
@@ -57,6 +65,11 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
 def test_every_query_of_the_dashboard_returns_data(watched: Watched, query: str) -> None:
     assert metrics(DASHBOARD[query]) <= watched.prometheus.names()
     assert watched.prometheus.values(DASHBOARD[query]), DASHBOARD[query]
+
+
+@pytest.mark.parametrize("trigger", AUTOSCALER)
+def test_the_autoscaler_has_one_number_to_go_by(watched: Watched, trigger: str) -> None:
+    assert len(watched.prometheus.values(AUTOSCALER[trigger])) == 1
 
 
 @pytest.mark.parametrize("alert", RULES)

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
+from ouro_runtime.loop import simulate
+from ouro_runtime.model import quantize
 from ouro_server import settings
 from ouro_server.calibrate.plan import Plan, build_parser
 from ouro_server.presets import PresetBook
@@ -34,9 +36,8 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 AS_SHIPPED = {"agree-99": "quality"}
 """Presets that a user's own file has, by the one of the shipped file that is asked for instead."""
 
-OF_OTHERS = {"--build", "--minutes", "--time", "--wait"}
-OF_OTHERS |= {"--lossless", "--acceptance", "--mean-depth", "--slots", "--row-cost"}
-"""Options of other programs in the documentation: docker's, of our training, the simulator's."""
+OF_OTHERS = {"--build", "--from-literal", "--minutes", "--time", "--wait"}
+"""Options of other programs in the documentation: docker's, kubectl's, of our training."""
 
 
 @pytest.fixture
@@ -118,8 +119,9 @@ def test_ouro_serve_takes_the_options(command: Command, parser: argparse.Argumen
 @pytest.mark.parametrize("document", DOCS)
 def test_every_option_exists(document: str, parser: argparse.ArgumentParser) -> None:
     named = set(OPTION.findall((ROOT / document).read_text()))
-    parsers = settings.depth_parser(), build_parser(), parser
-    known = {option for each in parsers for option in each._option_string_actions}
+    ours = (settings.depth_parser(), build_parser(), parser)
+    others = (simulate.build_parser(), quantize.build_parser())
+    known = {name for one in (*ours, *others) for name in one._option_string_actions}
     assert named - OF_OTHERS <= known
 
 
