@@ -125,9 +125,8 @@ class _Choice:
     tokens: list[int] = field(default_factory=list)
 
     def note(self, seconds: float, tokens: int) -> None:
-        for kept, value in ((self.seconds, seconds), (self.tokens, tokens)):
-            kept.append(value)
-            del kept[: -2 * LOOK_AGAIN]
+        self.seconds = [*self.seconds, seconds][-2 * LOOK_AGAIN :]
+        self.tokens = [*self.tokens, tokens][-2 * LOOK_AGAIN :]
 
     def clear(self) -> None:
         self.seconds.clear()
