@@ -136,7 +136,7 @@ class _Choice:
     def cost(self) -> float:
         """Seconds of a step over its tokens. The median of the seconds, for a slow step is another
         program's doing; the mean of the tokens, for with drafts they come in bursts."""
-        return float(np.median(self.seconds) / max(np.mean(self.tokens), 1e-9))
+        return float(np.median(self.seconds)) / max(float(np.mean(self.tokens)), 1e-9)
 
 
 @dataclass
