@@ -22,10 +22,13 @@ def draw(generator: torch.Generator, text: list[int]) -> int:
 def test_a_seed_draws_the_same(right: float) -> None:
     rng, outcomes = random.Random(1), set()
     for seed in range(20):
-        generator, wanted = torch.Generator().manual_seed(seed), []
+        generator = torch.Generator().manual_seed(seed)
+        wanted: list[int] = []
         for _ in range(30):
             wanted.append(draw(generator, wanted))
-        draws, text, drafted = Draws(), [], []
+        text: list[int] = []
+        drafted: list[int] = []
+        draws = Draws()
         draws.generator = torch.Generator().manual_seed(seed)
         while len(text) < 30:
             event = rng.random()

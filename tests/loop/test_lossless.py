@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from ouro_runtime.loop.drafts import DraftRule
 from ouro_runtime.loop.executor import StepExecutor
 from ouro_runtime.loop.planner import StepPlan
 from ouro_runtime.loop.rows import Carried, Left, Rows, Segments, Work
@@ -49,7 +50,8 @@ class Asking:
         self.luck, self.seat, self.computed = float(rng.choice([0, 0.3, 0.8, 1])), seat, 0
         self.single, self.guided = rng.random() < 0.15, rng.random() < 0.3
         low, high = sorted(int(loop) for loop in rng.integers(1, loops + 1, 2))
-        self.controls = {"threshold": rng.random(), "min_loops": low, "max_loops": high}
+        self.controls: dict[str, Any] = {"threshold": rng.random()}
+        self.controls |= {"min_loops": low, "max_loops": high}
         if rng.random() < 0.5:
             self.controls["forced"] = rng.integers(1, loops + 1, int(rng.integers(1, 5)))
         self.ended, self.preempted, self.reserved = False, False, 0
@@ -75,10 +77,41 @@ class Asking:
             **self.controls,
         )
 
+    def bounds(self, token: int) -> tuple[int, int]:
+        """Least and most loops of the draft of the answer's token number `token`."""
+        if "forced" in self.controls:
+            return (self.controls["forced"][token % len(self.controls["forced"])],) * 2
+        return self.controls["min_loops"], self.controls["max_loops"]
+
     def take(self, token: int) -> bool:
         self.text.append(token)
         self.ended = token == END or len(self.text) == self.last + 2
         return token == END
+
+
+class Watched(DraftRule):
+    """Hears of the drafts that it asked for and of no others, and is not asked in vain."""
+
+    def __init__(self, loops: int, asking: list[Asking]) -> None:
+        super().__init__(loops)
+        self.asking, self.allowed = asking, True
+        self.chosen: set[tuple[int, int, float]] = set()
+
+    def drafts(self, seat: np.ndarray, depth: np.ndarray, cdf: np.ndarray) -> np.ndarray:
+        requests = [self.asking[index] for index in seat]
+        assert self.allowed and all(r.guided and not r.single for r in requests)
+        drafts = super().drafts(seat, depth, cdf)
+        self.chosen |= set(
+            zip(*(part[drafts].tolist() for part in (seat, depth, cdf)), strict=True)
+        )
+        return drafts
+
+    def learn(
+        self, seat: np.ndarray, depth: np.ndarray, cdf: np.ndarray, right: np.ndarray
+    ) -> None:
+        told = zip(seat.tolist(), depth.tolist(), cdf.tolist(), strict=True)
+        assert self.chosen.issuperset(told), "it did not ask for this draft"
+        super().learn(seat, depth, cdf, right)
 
 
 class Hashing:
@@ -141,6 +174,8 @@ class Hashing:
         tokens = []
         for request, loop, text in self._texts(req, logits):
             assert not request.single and not request.ended and len(text) <= request.last
+            low, high = request.bounds(len(text) - request.prompt)
+            assert low <= loop <= high, "drafted where nobody asked for it"
             request.drafts += 1
             right = digest(text, loop) % 1000 < 1000 * request.luck
             tokens.append((answer(text) + (not right)) % VOCAB)
@@ -178,9 +213,10 @@ def run(seed: int, loops: int) -> list[Asking]:
     """Some requests, with chunks, steps without them, and preemptions."""
     rng = np.random.default_rng(seed)
     asking = [Asking(rng, loops, seat) for seat in range(int(rng.integers(1, 6)))]
-    world, executor = Hashing(asking, loops, rng), StepExecutor(loops)
+    world, rule = Hashing(asking, loops, rng), Watched(loops, asking)
+    executor = StepExecutor(loops, rule)
     for request in asking:
-        executor.rule.open(request.seat)
+        rule.open(request.seat)
     for _ in range(400):
         waiting = [index for index, request in enumerate(asking) if not request.ended]
         if not waiting:
@@ -192,7 +228,8 @@ def run(seed: int, loops: int) -> list[Asking]:
                 request.computed = int(rng.integers(0, min(request.computed, request.prompt) + 1))
                 request.computed = min(request.computed, len(request.text) - 1)
         chosen = [index for index in waiting if rng.random() < 0.8] or waiting[:1]
-        world.step(executor, chosen, int(rng.choice([3, 100])), rng.random() < 0.8)
+        rule.allowed = drafts = rng.random() < 0.8
+        world.step(executor, chosen, int(rng.choice([3, 100])), drafts)
     raise AssertionError("requests never ended")
 
 
