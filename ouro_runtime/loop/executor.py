@@ -167,12 +167,15 @@ class StepExecutor:
         exits = exit_mask(rows.survival, depth, threshold, rows.low, rows.high, self.loops)
         if not plan.drafting:
             return exits
-        guided = np.nonzero(plan.guided[rows.req] & (rows.stop == HEAD) & (depth < self.loops))[0]
-        if len(guided):
-            exits[guided] = self.rule.drafts(
-                plan.seat[rows.req[guided]], depth[guided], 1.0 - rows.survival[guided]
+        guided = plan.guided[rows.req] & (rows.stop == HEAD) & (depth < self.loops)
+        exits &= ~guided
+        # A rule that tries again now and then is asked only where its answer counts.
+        guided &= plan.draftable() & (depth >= rows.low) & (depth <= rows.high)
+        asked = np.nonzero(guided)[0]
+        if len(asked):
+            exits[asked] = self.rule.drafts(
+                plan.seat[rows.req[asked]], depth[asked], 1.0 - rows.survival[asked]
             )
-            exits[guided] &= (depth >= rows.low)[guided] & (depth <= rows.high)[guided]
         return exits
 
     def _learn(self, plan: StepPlan, out: Readout, tokens: np.ndarray) -> None:

@@ -181,6 +181,11 @@ class StepPlan:
             max_query=int((first[1:] - first[:-1]).max()),
         )
 
+    def draftable(self) -> np.ndarray:
+        """[N] bool: rows whose token may be drafted; a draft of the last would start nothing."""
+        req = self.rows.req
+        return self._drafts[req] & (self.rows.pos < self._last[req])
+
     def readout(self, exits: np.ndarray) -> Readout:
         """Count the loop just run and name the rows that are read out.
 
@@ -190,12 +195,9 @@ class StepPlan:
         every = self.rows
         every.history[np.arange(len(every)), every.loop] = every.survival
         every.loop += 1
-        leaving = exits & (every.stop == HEAD)
+        leaving, last = exits & (every.stop == HEAD), every.loop >= self.loops
         if self.drafting:
-            # A draft of a request's last token would start nothing.
-            early = self._drafts[every.req] & (every.pos < self._last[every.req])
-            last = every.loop >= self.loops
-            leaving &= ~self._lossless[every.req] | early | last
+            leaving &= ~self._lossless[every.req] | self.draftable() | last
             leaving |= last & (every.stop == OWED)
         rows = np.nonzero(leaving)[0]
         if not len(rows):
