@@ -117,7 +117,8 @@ def start(*options: str, port: int | None = None, **variables: str) -> Iterator[
                 process.wait()
         if served:
             assert process.returncode == 0, log.read_text()[-5000:]
-            assert left_behind(scratch) == []
+            left = left_behind(scratch)
+            assert left == [], left
 
 
 def left_behind(folder: Path) -> list[str]:
