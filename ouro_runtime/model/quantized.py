@@ -76,10 +76,13 @@ def overflows() -> bool:
 def worst_error(largest: int) -> float:
     """How far vLLM's product of 64 weights of `largest` and 64 inputs of 1 is from the sum."""
     weight = torch.full((16, 64), largest, dtype=torch.int8)
-    one = torch.ones(16, 1)
+    # While a model loads, torch's default is the model's dtype.
+    one = torch.ones(16, 1, dtype=torch.float32)
     handler = ops.create_onednn_scaled_mm(weight.t(), one, torch.float32, True, False)
-    inputs, scales, _ = ops.onednn_scaled_int8_quant(torch.ones(1, 64), None, None, True)
-    out = torch.empty(1, 16)
+    inputs, scales, _ = ops.onednn_scaled_int8_quant(
+        torch.ones(1, 64, dtype=torch.float32), None, None, True
+    )
+    out = torch.empty(1, 16, dtype=torch.float32)
     adjust = weight.t().sum(0, keepdim=True, dtype=torch.float32)
     ops.onednn_scaled_mm(handler, inputs, out, scales, None, adjust, None)
     return float((out - 64 * largest).abs().max())

@@ -146,7 +146,9 @@ def test_every_token_of_a_mixed_batch_has_the_guesses_of_its_own_position_and_lo
             for i, request in enumerate(requests)
         ]
         plan = StepPlan(work, loops)
-        step = Step(Model(), requests, None, None, None, None)  # type: ignore[arg-type]
+        nobody = np.zeros(len(requests), np.int64)
+        parts: Any = (None, None, None, None)
+        step = Step(Model(), requests, *parts, adapters=None, adapter_ids=nobody)
         step.run(executor, plan, torch.zeros(plan.scheduled, 2), keep_hidden=False)
         for i, notes in enumerate(step.notes):
             dtypes[notes.dtype] += 1

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.asking import ASK, EARLY
+from tests.server.asking import ASK, EARLY, FULL
 from tests.server.live import Live
 
 pytestmark = pytest.mark.slow
@@ -16,7 +16,7 @@ CHAT = "/v1/chat/completions"
 OPTIONS = {"max_tokens": 24, "temperature": 0.0}
 FORCED = {"vllm_xargs": {"forced_depths": [4, 1, 2]}}
 EVERY_WAY: list[dict[str, Any]] = [
-    {},
+    FULL,
     EARLY,
     {"max_loops": 2},
     {"depth_preset": "fast"},
