@@ -149,9 +149,9 @@ def test_cells_are_counted_as_they_ran(llm: Any, monkeypatch: pytest.MonkeyPatch
     depths, reports = [2, 3, 1, 6], []
     note = bench.lane_state(llm).note
 
-    def noting(bill: Any, output: Any) -> None:
+    def noting(bill: Any, output: Any, tokens: Any) -> None:
         reports.append(output.report)
-        note(bill, output)
+        note(bill, output, tokens)
 
     monkeypatch.setattr(bench.lane_state(llm), "note", noting)
     (out,) = generate(llm, [prompt(5)], [greedy(9, {"forced_depths": depths})])
