@@ -21,10 +21,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks.decode import MINI, PROMPT, RESULTS, choose_dtype, forced, make_model, tokens_for
-from benchmarks.engines import Engine, machine, worker_cores
+from benchmarks.decode import RESULTS, forced, make_model, tokens_for
+from benchmarks.engines import MINI, Engine, choose_dtype, machine, worker_cores
 from benchmarks.report import print_table
-from benchmarks.workload import prompts
+from benchmarks.workload import PROMPT, prompts
 
 PLAIN = "as stored"
 FORMATS: dict[str, list[str]] = {

@@ -18,19 +18,26 @@ from operator import eq
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engines import ROOT, Engine, has_bfloat16, machine, worker_cores
-from benchmarks.lossless import FULL, measure_lossless
+from benchmarks.engines import MINI, ROOT, Engine, choose_dtype, machine, worker_cores
+from benchmarks.lossless import measure_lossless
 from benchmarks.random_checkpoint import PRESETS, write_checkpoint
 from benchmarks.report import print_batches, print_checks, print_extras, print_profiles
-from benchmarks.workload import agreement, bound, depth_lists, fit_line, prompts, reachable
+from benchmarks.workload import (
+    FULL,
+    LOOPS,
+    PROMPT,
+    agreement,
+    bound,
+    depth_lists,
+    fit_line,
+    prompts,
+    reachable,
+)
 
-MINI = ROOT / "ouro_runtime" / "checkpoints" / "ouro-mini"
 GOLDEN = ROOT / "tests" / "golden" / "t4-mha"
 RESULTS = ROOT / "benchmarks" / "results"
 MEANS = (4.0, 2.5, 1.5)
-PROMPT = 8
 PREFILL = 64
-LOOPS = 4
 FIXED = (1, 2, LOOPS)
 """Depths that F0 and F1 are fitted to."""
 
@@ -206,15 +213,6 @@ def make_model(name: str, folder: Path) -> Path:
         tokenizer = MINI if MINI.exists() else None
         return write_checkpoint(folder / name, **PRESETS[name], tokenizer=tokenizer)
     return Path(name)
-
-
-def choose_dtype(asked: str, model: Path) -> str:
-    """`asked`, or for `auto` what the checkpoint is stored in; float32 where the processor has no
-    bfloat16 arithmetic, whose emulation costs the same for every row and hides what a batch is."""
-    stored = json.loads((model / "config.json").read_text())["torch_dtype"]
-    if asked != "auto":
-        return asked
-    return stored if stored == "float32" or has_bfloat16() else "float32"
 
 
 def parse() -> argparse.Namespace:

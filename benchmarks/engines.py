@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
+MINI = ROOT / "ouro_runtime" / "checkpoints" / "ouro-mini"
 
 
 def preloads() -> str:
@@ -45,6 +46,15 @@ def has_bfloat16() -> bool:
     """Whether the processor computes in bfloat16, rather than emulating it."""
     words = set(Path("/proc/cpuinfo").read_text().split())
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & words)
+
+
+def choose_dtype(asked: str, model: Path) -> str:
+    """`asked`, or for `auto` what the checkpoint is stored in; float32 where the processor has no
+    bfloat16 arithmetic, whose emulation costs the same for every row and hides what a batch is."""
+    stored = json.loads((model / "config.json").read_text())["torch_dtype"]
+    if asked != "auto":
+        return asked
+    return stored if stored == "float32" or has_bfloat16() else "float32"
 
 
 class Engine:

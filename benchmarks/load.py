@@ -21,14 +21,13 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from benchmarks.engines import ROOT
+from benchmarks.engines import MINI, ROOT
 from benchmarks.http_clients import server
 from benchmarks.load_client import CLASSES, Question, closed_loop, open_loop, questions, session
 from benchmarks.load_report import by_class, figures, markdown
 from ouro_runtime.training.tasks import FAMILIES
 from ouro_server.presets import SHIPPED, PresetBook
 
-MINI = ROOT / "ouro_runtime/checkpoints/ouro-mini"
 FULL = dict.fromkeys(CLASSES, 1.0)
 OVERLOAD = 1.1
 """The load, in parts of what full depth can hold."""

@@ -18,12 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engines import ROOT, Engine, machine, worker_cores
+from benchmarks.engines import MINI, ROOT, Engine, choose_dtype, machine, worker_cores
 from benchmarks.random_checkpoint import PRESETS, write_checkpoint
 from benchmarks.report import print_table
-from benchmarks.workload import agreement, bound, fit_line, prompts
+from benchmarks.workload import FULL, LOOPS, PROMPT, agreement, bound, fit_line, prompts
 
-FULL = {"exit_threshold": 1.0, "exit_mode": "skip"}
 RULE = {"exit_mode": "lossless"}
 LATER = {"exit_mode": "lossless", "min_loops": 2}
 FIXED = {depth: FULL | {"max_loops": depth} for depth in (1, 2)}
@@ -33,7 +32,6 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Checkpoints, and what is measured on each beside full depth."""
 
-LOOPS, PROMPT = 4, 8
 BATCHES = (1, 8, 32)
 RESULTS = ROOT / "benchmarks" / "results" / "lossless.json"
 
@@ -177,8 +175,6 @@ def print_lossless(name: str, measured: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    from benchmarks.decode import MINI, choose_dtype
-
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))

@@ -19,8 +19,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from benchmarks.decode import MINI
-from benchmarks.engines import ROOT
+from benchmarks.engines import MINI, ROOT
 from benchmarks.http_clients import CLIENTS, server
 from benchmarks.load_client import MAX_TOKENS, Question, questions, session
 from benchmarks.report import print_table

@@ -5,6 +5,13 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+LOOPS, PROMPT = 4, 8
+"""T of the checkpoints that are measured, and tokens of a prompt."""
+
+FULL: dict[str, Any] = {"exit_threshold": 1.0, "exit_mode": "skip"}
+"""Every loop, without drafts."""
 
 SHARES: dict[float, tuple[float, ...]] = {
     4.0: (0.0, 0.0, 0.0, 1.0),

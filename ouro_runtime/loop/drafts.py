@@ -7,6 +7,7 @@ costs.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -119,24 +120,16 @@ after which at the latest: each time that a choice is confirmed it stands twice 
 
 @dataclass
 class _Choice:
-    """The last steps with drafts, or without, at about one batch size."""
+    """The last steps with drafts, or without, at about one batch size: (seconds, tokens) each."""
 
-    seconds: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-
-    def note(self, seconds: float, tokens: int) -> None:
-        self.seconds = [*self.seconds, seconds][-2 * LOOK_AGAIN :]
-        self.tokens = [*self.tokens, tokens][-2 * LOOK_AGAIN :]
-
-    def clear(self) -> None:
-        self.seconds.clear()
-        self.tokens.clear()
+    steps: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=2 * LOOK_AGAIN))
 
     @property
     def cost(self) -> float:
         """Seconds of a step over its tokens. The median of the seconds, for a slow step is another
         program's doing; the mean of the tokens, for with drafts they come in bursts."""
-        return float(np.median(self.seconds)) / max(float(np.mean(self.tokens)), 1e-9)
+        seconds, tokens = zip(*self.steps, strict=True)
+        return float(np.median(seconds)) / max(float(np.mean(tokens)), 1e-9)
 
 
 @dataclass
@@ -183,16 +176,16 @@ class DraftTrial:
         """A step in which all requests were decoding took so long, and brought so many tokens."""
         size = self._size(requests)
         if not size.switched:
-            size.choices[size.drafting].note(seconds, tokens)
+            size.choices[size.drafting].steps.append((seconds, tokens))
         size.switched = False
         size.left -= 1
         if size.left > 0:
             return
-        if size.settled or not size.choices[not size.drafting].seconds:
+        if size.settled or not size.choices[not size.drafting].steps:
             # Try the other choice, with an open mind.
             size.settled, size.left = False, TRY
             size.switch(not size.drafting)
-            size.choices[size.drafting].clear()
+            size.choices[size.drafting].steps.clear()
         else:
             size.settle()
 

@@ -48,6 +48,20 @@ def test_a_request_that_says_nothing_gets_the_full_depth_answer_with_drafts(live
     assert drafted > 0
 
 
+def streamed(live: Live, fields: dict[str, Any], name: str) -> list[Any]:
+    """What a stream of `chat`'s answer says of every token under `name`."""
+    chunks = live.client.chat.completions.create(
+        model=live.model,
+        messages=ASK,
+        max_tokens=16,
+        temperature=0,
+        stream=True,
+        extra_body=fields,
+    )
+    parts = [part for chunk in chunks for part in chunk.choices]
+    return [entry for part in parts for entry in getattr(part, name, None) or []]
+
+
 def test_the_gates_cdf_is_as_long_as_the_depth_and_the_same_in_a_stream(
     live: Live, depth: dict[str, Any]
 ) -> None:
@@ -59,18 +73,7 @@ def test_the_gates_cdf_is_as_long_as_the_depth_and_the_same_in_a_stream(
         assert cdf[0] >= 0
         assert cdf[-1] == 1 if len(cdf) == LOOPS else cdf[-1] <= 1
         assert cdf[-1] >= depth.get("exit_threshold", 1)
-    streamed: list[list[float]] = []
-    for chunk in live.client.chat.completions.create(
-        model=live.model,
-        messages=ASK,
-        max_tokens=16,
-        temperature=0,
-        stream=True,
-        extra_body=depth | asked,
-    ):
-        for part in chunk.choices:
-            streamed += getattr(part, "exit_cdf", None) or []
-    assert streamed == choice.exit_cdf
+    assert streamed(live, depth | asked, "exit_cdf") == choice.exit_cdf
 
 
 def test_what_each_loop_would_have_said_is_the_same_in_a_stream(
@@ -83,19 +86,11 @@ def test_what_each_loop_would_have_said_is_the_same_in_a_stream(
     assert "".join(said["token"] for said in last).startswith(choice.message.content)
     values = [[said["logprob"] for said in loop] for token in choice.loops for loop in token]
     assert all(len(loop) == 3 and loop == sorted(loop, reverse=True) for loop in values)
-    streamed: list[Any] = []
-    for chunk in live.client.chat.completions.create(
-        model=live.model,
-        messages=ASK,
-        max_tokens=16,
-        temperature=0,
-        stream=True,
-        extra_body=depth | asked,
-    ):
-        for part in chunk.choices:
-            streamed += getattr(part, "loops", None) or []
-    ids = [[[said["token_id"] for said in loop] for loop in token] for token in choice.loops]
-    assert [[[said["token_id"] for said in loop] for loop in token] for token in streamed] == ids
+    ids, in_stream = (
+        [[[said["token_id"] for said in loop] for loop in token] for token in loops]
+        for loops in (choice.loops, streamed(live, depth | asked, "loops"))
+    )
+    assert in_stream == ids
 
 
 def test_loops_are_cut_with_the_text_at_a_stop_string(live: Live) -> None:
