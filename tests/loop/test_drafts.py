@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from ouro_runtime.loop.drafts import LONGEST_LOOK, LONGEST_WAIT, TRY, DraftRule, DraftTrial
+from ouro_runtime.loop.drafts import (
+    LONGEST_LOOK,
+    LONGEST_WAIT,
+    LOOK_AGAIN,
+    TRY,
+    DraftRule,
+    DraftTrial,
+)
 
 LOOPS = 4
 
@@ -90,15 +97,15 @@ def test_batch_sizes_are_tried_apart() -> None:
 
 
 def test_tokens_that_come_in_bursts_are_no_gain() -> None:
-    """Drafts that cost a tenth more in the end, though most of their steps look cheap or slow."""
+    """Drafts that cost a tenth more in the end, though most of their steps look cheap."""
     trial, drafted = DraftTrial(), 0
     rng = np.random.default_rng(2)
     for step in range(4 * LONGEST_LOOK):
         drafting = trial.decide(8)
         drafted += drafting
         slow = 3.0 if rng.random() < 0.1 else 1.0
-        tokens = (4 if step % 2 else 14) if drafting else 8
-        trial.note(8, slow * (9.9 if drafting else 8.0), tokens)
+        tokens = (12 if step % 4 else 4) if drafting else 8
+        trial.note(8, slow * (11.0 if drafting else 8.0), tokens)
     assert drafted < 0.15 * 4 * LONGEST_LOOK
 
 
@@ -112,3 +119,28 @@ def test_a_first_impression_does_not_last() -> None:
         busy = 3.0 if step in range(TRY, 2 * TRY) else 1.0
         trial.note(8, busy * (1.3 if drafting else 1.0), 8)
     assert drafted < 60
+
+
+def test_the_step_after_a_switch_tells_of_the_choice_before() -> None:
+    """Drafts save a tenth; the first step without them still brings what they left in flight."""
+    trial, drafted, before = DraftTrial(), 0, True
+    for _ in range(4 * LONGEST_LOOK):
+        drafting = trial.decide(8)
+        drafted += drafting
+        trial.note(8, 0.9 if drafting else 1.0, 16 if before and not drafting else 8)
+        before = drafting
+    assert drafted > 0.9 * 4 * LONGEST_LOOK
+
+
+def test_a_choice_that_changed_is_looked_at_again_soon() -> None:
+    trial, chosen = DraftTrial(), []
+    for step in range(8 * LONGEST_LOOK):
+        chosen.append(trial.decide(8))
+        pays = step < 4 * LONGEST_LOOK
+        trial.note(8, 1.0 if chosen[-1] == pays else 1.5, 8)
+    later = chosen[4 * LONGEST_LOOK :]
+    off = later.index(False)
+    # Tried, kept, and tried again after a little; in the end hardly ever.
+    tried = [place for place, drafting in enumerate(later[off:]) if drafting]
+    assert tried and TRY + LOOK_AGAIN <= tried[0] <= 3 * TRY + LOOK_AGAIN
+    assert sum(chosen[-LONGEST_LOOK:]) <= 2 * TRY

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
+from ouro_server.depth_routes import depth_info
 from ouro_server.plugin import list_aliases, why_fixed
 from ouro_server.presets import PresetBook
 from ouro_server.served import ServedDepth
@@ -43,6 +45,11 @@ def client(depth: ServedDepth, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> A
     app.state.openai_serving_chat = seen
     with TestClient(app) as client:
         yield client
+
+
+@pytest.mark.parametrize("drafts", [True, False])
+def test_depth_says_whether_there_are_drafts(depth: ServedDepth, drafts: bool) -> None:
+    assert depth_info(replace(depth, drafts=drafts)).drafts is drafts
 
 
 def test_depth_shows_everything_a_client_may_ask_for(client: TestClient) -> None:
