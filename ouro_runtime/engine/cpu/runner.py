@@ -27,7 +27,7 @@ from ouro_runtime.cache.standin import StandIns
 from ouro_runtime.config import LoopConfig
 from ouro_runtime.engine.cpu.adapters import RowAdapters
 from ouro_runtime.engine.cpu.row_state import follow_budgets
-from ouro_runtime.engine.cpu.sampler import StepSampler
+from ouro_runtime.engine.cpu.sampler import SettledSampler, StepSampler
 from ouro_runtime.engine.cpu.step import CPUStep
 from ouro_runtime.engine.pin import check_parameters
 from ouro_runtime.engine.requests import LoopRequest
@@ -49,6 +49,8 @@ class OuroCPUModelRunner(CPUModelRunner):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
+        options = self.model_config
+        self.sampler = SettledSampler(options.logprobs_mode, options.use_fp64_gumbel)
         self.loop_config = LoopConfig.of(vllm_config)
         self.executor = StepExecutor(self.loop_config.loops)
         self.loop_requests: dict[str, LoopRequest] = {}
