@@ -8,7 +8,8 @@ from typing import Any
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from ouro_runtime.config import LoopConfig, check_config
+from ouro_runtime.checkpoint_config import check_config
+from ouro_runtime.config import LoopConfig
 
 SCHEDULER = "ouro_runtime.engine.cpu.scheduler.OuroScheduler"
 CPU_WORKER = "ouro_runtime.engine.cpu.worker.OuroCPUWorker"

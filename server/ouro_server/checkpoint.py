@@ -9,13 +9,11 @@ from typing import Any
 from tokenizers import Tokenizer
 
 import ouro_runtime
+from ouro_runtime.checkpoint_config import ConfigError, OuroConfig, check_config
 from ouro_runtime.config import (
     DRAFTS,
-    ConfigError,
     DepthError,
     LoopConfig,
-    OuroConfig,
-    check_config,
     check_drafts,
     check_loops,
     check_mode,

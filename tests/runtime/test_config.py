@@ -8,17 +8,15 @@ from typing import Any
 
 import pytest
 
-from ouro_runtime.config import (
+from ouro_runtime.checkpoint_config import (
     FIELDS,
     MOST_LOOPS,
     ROPE_TYPES,
     ConfigError,
-    DepthError,
-    ExitParams,
-    LoopConfig,
     OuroConfig,
     check_config,
 )
+from ouro_runtime.config import DepthError, ExitParams, LoopConfig
 
 T = 4
 DEFAULTS = ExitParams(1.0, 1, T, "skip")
