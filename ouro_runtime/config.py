@@ -18,7 +18,13 @@ MODES = (AUTO, "skip", "exact", LOSSLESS)
 """Exit modes a request may choose. `auto` is `lossless` where every loop is asked for, else
 `skip`."""
 
-DEPTH_FIELDS = ("exit_threshold", "min_loops", "max_loops", "exit_mode")
+GATE, MARGIN, DELTA = "gate", "margin", "delta"
+RULES: Mapping[str, tuple[float, float]] = {GATE: (1.0, 1.0), MARGIN: (1.0, 1.0), DELTA: (2.0, 0.0)}
+"""Exit rules (`exit/policy.py`): the largest threshold of each, the least being 0, and the one that
+turns the rule off."""
+
+THRESHOLD, RULE = "exit_threshold", "exit_rule"
+DEPTH_FIELDS = (THRESHOLD, "min_loops", "max_loops", "exit_mode", RULE)
 FORCED = "forced_depths"
 DRAFTS = "drafts"
 """The server's setting that turns drafts off."""
@@ -44,13 +50,18 @@ class ExitParams:
     """A request's depth controls, complete and valid for a model of `T` loops.
 
     Attributes:
-        exit_threshold: q of the Q-exit rule, 0..1. At 1 the gate is off: `max_loops` loops run.
+        exit_threshold: of `exit_rule`, in its own unit, see `RULES`; turned off, `max_loops` loops
+            run.
         min_loops, max_loops: bounds on the depth of every generated token, 1..T; in `lossless`, of
             every draft.
         exit_mode: `skip` (deeper loops are not run), `exact` (they run later, off the read-out),
             `lossless` (they run later, and the last one has the last word), or `auto`.
         forced_depths: if not empty, token i is read out at `forced_depths[i % len]`, whatever the
             gate says; in `lossless`, drafted there. For benchmarks and tests; values 1..T.
+        exit_rule: what a token leaves by: `gate`, when the gate's cumulative exit probability
+            reaches the threshold; `margin`, when the gap between the two largest probabilities of
+            the loop's own read-out does; `delta`, when the state changed by no more than it since
+            the loop before.
         guided: nobody gave a threshold for this request: in `lossless`, the server's rule says
             where to draft.
     """
@@ -60,12 +71,14 @@ class ExitParams:
     max_loops: int
     exit_mode: str
     forced_depths: tuple[int, ...] = ()
+    exit_rule: str = GATE
     guided: bool = field(default=False, compare=False)
 
-    @property
-    def gate_threshold(self) -> float:
-        """What the gate's CDF is held against; 1, which turns it off, where depths are forced."""
-        return 1.0 if self.forced_depths else self.exit_threshold
+    def threshold_of(self, rule: str) -> float:
+        """The threshold of an exit rule; the one that turns it off if it is not this request's, and
+        where depths are forced."""
+        own = rule == self.exit_rule and not self.forced_depths
+        return self.exit_threshold if own else RULES[rule][1]
 
     @classmethod
     def parse(cls, given: Mapping[str, Any] | None, defaults: ExitParams, loops: int) -> ExitParams:
@@ -79,8 +92,15 @@ class ExitParams:
         """
         given = given or {}
         picked = {k: given[k] for k in DEPTH_FIELDS if given.get(k) is not None}
-        if "exit_threshold" in picked:
-            picked["exit_threshold"] = check_threshold(picked["exit_threshold"])
+        rule = check_rule(picked.get(RULE, defaults.exit_rule))
+        if THRESHOLD in picked:
+            picked[THRESHOLD] = check_threshold(picked[THRESHOLD], rule=rule)
+        elif rule != defaults.exit_rule:
+            raise DepthError(
+                THRESHOLD,
+                f"{THRESHOLD} must be set with {RULE} {rule!r}: the default one is of "
+                f"{defaults.exit_rule!r}, whose unit is another",
+            )
         for name in ("min_loops", "max_loops"):
             if name in picked:
                 picked[name] = check_loops(name, picked[name], loops)
@@ -102,7 +122,7 @@ class ExitParams:
                 raise DepthError(FORCED, f"{FORCED} must be a non-empty list")
             depths = tuple(check_loops(FORCED, d, loops) for d in forced)
             params = replace(params, forced_depths=depths)
-        if forced is not None or "exit_threshold" in picked:
+        if forced is not None or THRESHOLD in picked:
             params = replace(params, guided=False)
         return params
 
@@ -110,13 +130,14 @@ class ExitParams:
         """With the mode that `auto` stands for, of a model of `loops` loops."""
         if self.exit_mode != AUTO:
             return self
-        if self.gate_threshold >= 1 and self.max_loops == loops and not self.forced_depths:
+        off = self.exit_threshold == RULES[self.exit_rule][1]
+        if off and self.max_loops == loops and not self.forced_depths:
             return replace(self, exit_mode=LOSSLESS, guided=True)
         return replace(self, exit_mode="skip")
 
     def controls(self) -> dict[str, Any]:
         """The controls that `parse` makes these of again, but for forced depths."""
-        unsaid = {"exit_threshold"} if self.guided and self.exit_mode == LOSSLESS else set()
+        unsaid = {THRESHOLD, RULE} if self.guided and self.exit_mode == LOSSLESS else set()
         return {name: getattr(self, name) for name in DEPTH_FIELDS if name not in unsaid}
 
 
@@ -175,11 +196,20 @@ class LoopConfig:
         return params
 
 
-def check_threshold(value: Any, param: str = "exit_threshold") -> float:
-    """`value` as a threshold; DepthError unless a number from 0 to 1."""
-    if not is_number(value) or not 0 <= value <= 1:
-        raise DepthError(param, f"{param} must be a number from 0 to 1, got {value!r}")
+def check_threshold(value: Any, param: str = THRESHOLD, rule: str = GATE) -> float:
+    """`value` as a threshold of an exit rule; DepthError unless a number in its range."""
+    most, _ = RULES[rule]
+    if not is_number(value) or not 0 <= value <= most:
+        unit = "" if rule == GATE else f" with {RULE} {rule!r}"
+        raise DepthError(param, f"{param} must be a number from 0 to {most:g}{unit}, got {value!r}")
     return float(value)
+
+
+def check_rule(value: Any, param: str = RULE) -> str:
+    """`value` as an exit rule; DepthError unless one of `RULES`."""
+    if not isinstance(value, str) or value not in RULES:
+        raise DepthError(param, f"{param} must be one of {', '.join(RULES)}, got {value!r}")
+    return value
 
 
 def check_loops(param: str, value: Any, loops: int) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ouro_runtime.config import LoopConfig
+from ouro_runtime.config import RULES, LoopConfig
 from ouro_server.defaults import Defaults
 from ouro_server.metrics import ServerMetrics
 from ouro_server.presets import PresetBook
@@ -28,6 +28,7 @@ class ServedDepth:
         metrics: where finished generations are counted, if anywhere.
         steering: the latency controller, if there is one.
         drafts: whether lossless requests may be drafted.
+        rules: exit rules that the engine knows.
         known_xargs: whether all keys of `vllm_xargs` are known; not if the operator has logits
             processors that may read their own.
     """
@@ -41,6 +42,7 @@ class ServedDepth:
     metrics: ServerMetrics | None = None
     steering: Steering | None = None
     drafts: bool = True
+    rules: tuple[str, ...] = tuple(RULES)
     known_xargs: bool = True
     adapters: Mapping[str, Any] = field(default_factory=dict)
 

@@ -80,6 +80,7 @@ def test_the_lowest_threshold_that_keeps_the_promise_becomes_a_preset(
         "min_loops": 1,
         "max_loops": LOOPS,
         "exit_mode": "skip",
+        "exit_rule": "gate",
     }
     shipped = PresetBook.load(SHIPPED, LOOPS)
     assert {**book.presets, **shipped.presets} == dict(book.presets)
