@@ -9,7 +9,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 from vllm.platforms import current_platform
 
 from ouro_runtime.checkpoint_config import check_config
-from ouro_runtime.config import GATE, RULES, LoopConfig
+from ouro_runtime.config import GATE, LoopConfig
 
 SCHEDULER = "ouro_runtime.engine.cpu.scheduler.OuroScheduler"
 CPU_WORKER = "ouro_runtime.engine.cpu.worker.OuroCPUWorker"
@@ -26,9 +26,9 @@ NO_CONNECTORS = (
 )
 
 
-def rules_here() -> tuple[str, ...]:
-    """The exit rules that the engine of this machine knows."""
-    return tuple(RULES) if current_platform.is_cpu() else (GATE,)
+def reads_loops() -> bool:
+    """Whether the engine of this machine can read out, or compare, what each loop left."""
+    return current_platform.is_cpu()
 
 
 class UnsupportedError(ValueError):
@@ -125,7 +125,7 @@ def refuse(vllm_config: Any) -> None:
             "LoRA: only the CPU engine maps the rows of a pass to their adapters",
         ),
         (
-            LoopConfig.of(vllm_config).defaults.exit_rule not in rules_here(),
+            LoopConfig.of(vllm_config).defaults.exit_rule != GATE and not reads_loops(),
             (
                 "exit rules other than gate: only the CPU engine reads what a loop left, or "
                 "compares it with the loop before, between two passes"

@@ -95,6 +95,7 @@ def depth_info(served: ServedDepth) -> DepthInfo:
         loops=served.loops,
         modes=list(MODES),
         rules={name: RuleInfo(most=RULES[name][0], off=RULES[name][1]) for name in served.rules},
+        return_loops=served.reads_loops,
         drafts=served.drafts,
         defaults=DepthDefaults.model_validate(asdict(in_force)),
         presets={

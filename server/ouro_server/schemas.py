@@ -326,6 +326,7 @@ class DepthInfo(BaseModel):
     loops: int = Field(description="T: loops of the model, the greatest depth of a token.")
     modes: list[str] = Field(description="Values that `exit_mode` may take.")
     rules: dict[str, RuleInfo] = Field(description="Values that `exit_rule` may take.")
+    return_loops: bool = Field(description="Whether `return_loops` is honoured; not on CUDA.")
     drafts: bool = Field(
         description="Whether `lossless` requests are drafted; false with `--no-drafts`."
     )

@@ -75,6 +75,7 @@ def test_depth_shows_everything_a_client_may_ask_for(client: TestClient) -> None
             "margin": {"most": 1.0, "off": 1.0},
             "delta": {"most": 2.0, "off": 0.0},
         },
+        "return_loops": True,
         "drafts": True,
         "defaults": BUILT_IN,
         "presets": {
