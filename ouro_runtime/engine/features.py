@@ -15,7 +15,9 @@ from vllm.v1.engine import EngineCoreRequest
 from ouro_runtime.config import (
     DEPTH_FIELDS,
     FORCED,
+    GATE,
     RETURN_LOOPS,
+    RULE,
     DepthError,
     LoopConfig,
     check_guesses,
@@ -68,7 +70,7 @@ VLLMS = ("kv_cache_report_mode",)
 
 
 def check(
-    params: Any, config: LoopConfig, *, resumable: bool, open_args: bool, guesses: bool
+    params: Any, config: LoopConfig, *, resumable: bool, open_args: bool, reads_loops: bool
 ) -> None:
     """Refuse what a request asks for and would not get.
 
@@ -76,7 +78,8 @@ def check(
         params: vLLM's `SamplingParams`. config: the model's loops.
         resumable: whether the prompt may grow while the request runs.
         open_args: whether a logits processor of the user's may read other keys of `extra_args`.
-        guesses: whether the engine can say what each loop would have said.
+        reads_loops: whether the engine can read out, or compare, what each loop left: not on CUDA,
+            where nothing comes back between two passes.
 
     Raises:
         DepthError: naming the field.
@@ -96,9 +99,11 @@ def check(
             raise DepthError(str(name), f"unknown field {name!r} in extra_args; known are {known}")
     if extra.get(RETURN_LOOPS) is not None:
         check_guesses(extra[RETURN_LOOPS])
-        if not guesses:
+        if not reads_loops:
             raise DepthError(RETURN_LOOPS, f"{RETURN_LOOPS} is not supported on CUDA yet")
-    config.request(extra)
+    rule = config.request(extra).exit_rule
+    if rule != GATE and not reads_loops:
+        raise DepthError(RULE, f"{RULE} {rule!r} is not supported on CUDA yet, only {GATE!r}")
 
 
 def check_lists(kind: str, lists: Mapping[str, str], found: tuple[str, ...]) -> None:

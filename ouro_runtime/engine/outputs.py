@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 from vllm.outputs import CompletionOutput, RequestOutput
-from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 from vllm.v1.engine import EngineCoreOutput
@@ -29,6 +28,7 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
 from ouro_runtime.config import LoopConfig
 from ouro_runtime.engine import features, guesses
+from ouro_runtime.engine.config_hook import reads_loops
 from ouro_runtime.engine.pin import SeamError, check_parameters
 from ouro_runtime.engine.step_output import COUNTS, unpack_cdf
 from ouro_runtime.pace import Pace
@@ -102,7 +102,7 @@ def _validate_requests() -> None:
                 LoopConfig.of(self.vllm_config),
                 resumable=bool(given.get("resumable")),
                 open_args=bool(self.vllm_config.model_config.logits_processors),
-                guesses=current_platform.is_cpu(),
+                reads_loops=reads_loops(),
             )
         return process_inputs(self, request_id, prompt, params, *a, **k)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ouro_runtime.config import DepthError
+from ouro_runtime.config import GATE, RULE, DepthError
 from ouro_server import checkpoint, settings
 from ouro_server.presets import PresetBook, PresetError
 
@@ -60,7 +60,7 @@ def _serve(
     args.target_tpot_ms = target_ms
     launch.check_paths(args)
     if target_ms is not None:
-        launch.check_steering(args, book)
+        launch.check_steering(args, book, merged["ouro"].get(RULE, GATE))
     if config is not None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         checkpoint.check_files(args.model, args.load_format in ("auto", "safetensors"))

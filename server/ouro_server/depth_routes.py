@@ -1,11 +1,12 @@
 """`/v1/depth`: what the served model's loops are, and the defaults, which may be changed."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Depends, HTTPException, Request
 
-from ouro_runtime.config import MODES, DepthError
+from ouro_runtime.config import GATE, MODES, RULE, RULES, DepthError, check_rule
 from ouro_server.depth import shortened
 from ouro_server.honest_status import reads_requests
 from ouro_server.json_body import check_body
@@ -16,6 +17,7 @@ from ouro_server.schemas import (
     DepthInfo,
     PresetInfo,
     PriorityClassInfo,
+    RuleInfo,
 )
 from ouro_server.served import ServedDepth
 from ouro_server.steering import Steering
@@ -62,12 +64,26 @@ def build_depth_router() -> APIRouter:
         if not isinstance(fields, dict):
             raise HTTPException(400, "the body must be an object of depth controls")
         try:
+            check_rule_of(served, fields)
             served.defaults.change(fields)
         except DepthError as error:
             raise shortened(error) from None
         return depth_info(served)
 
     return router
+
+
+def check_rule_of(served: ServedDepth, fields: Mapping[str, Any]) -> None:
+    """DepthError for an exit rule that no default of this server may have."""
+    rule = fields.get(RULE)
+    if rule is None or check_rule(rule) == GATE:
+        return
+    if rule not in served.rules:
+        raise DepthError(RULE, f"{RULE} {rule!r} is not supported on CUDA yet, only {GATE!r}")
+    if served.steering is not None:
+        raise DepthError(
+            RULE, f"{RULE} must stay gate: --target-tpot-ms moves the threshold of that rule"
+        )
 
 
 def depth_info(served: ServedDepth) -> DepthInfo:
@@ -78,6 +94,8 @@ def depth_info(served: ServedDepth) -> DepthInfo:
         model=served.model,
         loops=served.loops,
         modes=list(MODES),
+        rules={name: RuleInfo(most=RULES[name][0], off=RULES[name][1]) for name in served.rules},
+        return_loops=served.reads_loops,
         drafts=served.drafts,
         defaults=DepthDefaults.model_validate(asdict(in_force)),
         presets={

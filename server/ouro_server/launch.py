@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import yaml
 
+from ouro_runtime.config import GATE
 from ouro_server import checkpoint, settings
 from ouro_server.cli import plain
 from ouro_server.presets import PresetBook
@@ -168,8 +169,8 @@ def check_paths(args: argparse.Namespace) -> None:
         raise checkpoint.RefusedError(f"--uds: {args.uds} is in no folder that exists")
 
 
-def check_steering(args: argparse.Namespace, book: PresetBook) -> None:
-    """Refuse a server whose depth the latency controller cannot steer.
+def check_steering(args: argparse.Namespace, book: PresetBook, rule: str = GATE) -> None:
+    """Refuse a server whose depth, by the exit rule `rule`, the latency controller cannot steer.
 
     Raises:
         RefusedError: saying what is missing.
@@ -186,6 +187,11 @@ def check_steering(args: argparse.Namespace, book: PresetBook) -> None:
     if not book.floors:
         raise checkpoint.RefusedError(
             "--target-tpot-ms needs priority_classes in the presets file: they hold the floors"
+        )
+    if rule != GATE:
+        raise checkpoint.RefusedError(
+            f"--target-tpot-ms moves the threshold of --exit-rule gate, and floors are of that "
+            f"rule; the default rule is {rule}"
         )
     if not args.headless:
         # With data parallelism vLLM's default is more than one.

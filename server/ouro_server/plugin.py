@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from starlette.datastructures import State
 
 from ouro_runtime.config import DepthError, LoopConfig
+from ouro_runtime.engine.config_hook import reads_loops
 from ouro_runtime.engine.stat_logger import listen
 from ouro_server.controller import Law
 from ouro_server.depth_routes import build_depth_router
@@ -103,6 +104,7 @@ class DepthEndpoints:
             served,
             metrics=metrics,
             steering=steering,
+            reads_loops=reads_loops(),
             known_xargs=known,
             adapters=models.lora_requests,
         )

@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, PrivateAttr, model_validator
 
-from ouro_runtime.config import MODES, MOST_GUESSES, RETURN_LOOPS
+from ouro_runtime.config import MODES, MOST_GUESSES, RETURN_LOOPS, RULES
 from ouro_server.depth import REQUEST_FIELDS, SESSION
 from ouro_server.presets import EFFORTS
 from ouro_server.resolve import Resolved
@@ -29,15 +29,16 @@ from ouro_server.vllm_api import (
 
 
 class DepthControls(BaseModel):
-    """The four depth controls, each of which may be left out."""
+    """The depth controls, each of which may be left out."""
 
     exit_threshold: float | None = Field(
         default=None,
         ge=0,
-        le=1,
+        le=max(most for most, _ in RULES.values()),
         strict=True,
-        description="A token leaves the loop as soon as the gate's cumulative exit probability "
-        "reaches this; 1 runs every loop.",
+        description="Of `exit_rule`, in its own unit. `gate` and `margin`: a token leaves the loop "
+        "as soon as what the rule reads reaches this, 0 to 1; 1 runs every loop. `delta`: as soon "
+        "as it is no more than this, 0 to 2; 0 runs every loop.",
     )
     min_loops: int | None = Field(
         default=None, ge=1, strict=True, description="Least depth of a token, from 1 to T."
@@ -52,6 +53,13 @@ class DepthControls(BaseModel):
         "the token read out at the exit is a draft, which the last loop confirms or takes back, so "
         "the answer is that of every loop. `auto`: `lossless` where every loop is asked for, else "
         "`skip`.",
+    )
+    exit_rule: Literal[tuple(RULES)] | None = Field(  # type: ignore[valid-type]
+        default=None,
+        description="What a token leaves by. `gate`: the gate's cumulative exit probability. "
+        "`margin`: the gap between the two largest probabilities of the loop's own read-out. "
+        "`delta`: the relative change of the state since the loop before. A rule that is not the "
+        "default one comes with its `exit_threshold`. On CUDA: `gate`.",
     )
 
 
@@ -272,6 +280,14 @@ class DepthDefaults(BaseModel):
     min_loops: int
     max_loops: int
     exit_mode: str
+    exit_rule: str
+
+
+class RuleInfo(BaseModel):
+    """The unit of an exit rule's threshold."""
+
+    most: float = Field(description="The largest threshold; the least is 0.")
+    off: float = Field(description="The threshold at which every loop runs.")
 
 
 class PresetInfo(DepthControls):
@@ -309,6 +325,8 @@ class DepthInfo(BaseModel):
     model: str = Field(description="Name under which the model is served.")
     loops: int = Field(description="T: loops of the model, the greatest depth of a token.")
     modes: list[str] = Field(description="Values that `exit_mode` may take.")
+    rules: dict[str, RuleInfo] = Field(description="Values that `exit_rule` may take.")
+    return_loops: bool = Field(description="Whether `return_loops` is honoured; not on CUDA.")
     drafts: bool = Field(
         description="Whether `lossless` requests are drafted; false with `--no-drafts`."
     )

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ouro_runtime.config import LoopConfig
+from ouro_runtime.config import GATE, RULES, LoopConfig
 from ouro_server.defaults import Defaults
 from ouro_server.metrics import ServerMetrics
 from ouro_server.presets import PresetBook
@@ -28,6 +28,7 @@ class ServedDepth:
         metrics: where finished generations are counted, if anywhere.
         steering: the latency controller, if there is one.
         drafts: whether lossless requests may be drafted.
+        reads_loops: whether the engine can read out, or compare, what each loop left.
         known_xargs: whether all keys of `vllm_xargs` are known; not if the operator has logits
             processors that may read their own.
     """
@@ -41,8 +42,14 @@ class ServedDepth:
     metrics: ServerMetrics | None = None
     steering: Steering | None = None
     drafts: bool = True
+    reads_loops: bool = True
     known_xargs: bool = True
     adapters: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """The exit rules that the engine knows."""
+        return tuple(RULES) if self.reads_loops else (GATE,)
 
     def alias(self, model: Any) -> tuple[str, str] | None:
         """(model, preset) of a NAME@PRESET: what vLLM is to be asked for, and what it means."""

@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ouro_runtime.config import DEPTH_FIELDS, DRAFTS, MODES, DepthError
+from ouro_runtime.config import DEPTH_FIELDS, DRAFTS, MODES, RULE, RULES, DepthError
 from ouro_server.cli import USAGE_ERROR, one_line
 from ouro_server.presets import SHIPPED
 
@@ -64,7 +64,20 @@ def depth_parser() -> argparse.ArgumentParser:
         metavar="Q",
         help="A token leaves the loop as soon as the gate's cumulative exit probability reaches\n"
         "Q, from 0 to 1. Lower is faster and shallower; 1 runs every loop (the plain model).\n"
-        "Default: early_exit_threshold in config.json.",
+        "Default: early_exit_threshold in config.json. With another --exit-rule it has that\n"
+        "rule's unit.",
+    )
+    group.add_argument(
+        "--exit-rule",
+        "--exit_rule",
+        metavar="RULE",
+        help="What a token leaves by, at the threshold Q:\n"
+        "gate: the gate's cumulative exit probability is at least Q. The default.\n"
+        "margin: the gap between the two largest probabilities of the loop's own read-out is at\n"
+        "least Q, from 0 to 1; every loop of such requests is read out. 1 runs every loop.\n"
+        "delta: the state changed by at most Q since the loop before, relative to its length,\n"
+        "from 0 to 2; lower is slower and deeper. 0 runs every loop.\n"
+        "margin and delta need --exit-threshold, and run on CPU only.",
     )
     group.add_argument(
         "--exit-mode",
@@ -137,7 +150,7 @@ def depth_settings(options: argparse.Namespace) -> dict[str, Any]:
     """The depth options that were given, as numbers where they are; text that is no number stays
     text, for the check that knows what is allowed to name it."""
     given = {
-        name: _number(value) if name != "exit_mode" else value
+        name: value if name in ("exit_mode", RULE) else _number(value)
         for name in DEPTH_FIELDS
         if (value := getattr(options, name)) is not None
     }
@@ -214,4 +227,5 @@ def _installed() -> list[str]:
     return [entry.name for group in OPEN_GROUPS for entry in entry_points(group=group)]
 
 
+assert set(RULES) == {"gate", "margin", "delta"}, "the help of --exit-rule explains these"
 assert set(MODES) == {"auto", "skip", "exact", "lossless"}, "the help of --exit-mode explains these"

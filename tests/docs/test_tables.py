@@ -39,7 +39,9 @@ def test_depth_shows_the_shipped_presets() -> None:
     assert [(name, float(value)) for name, value in shown] == [
         (name, preset.controls["exit_threshold"]) for name, preset in PRESETS.items()
     ]
-    assert all(list(preset.controls) == ["exit_threshold"] for preset in PRESETS.values())
+    assert all(
+        preset.controls.keys() == {"exit_threshold", "exit_rule"} for preset in PRESETS.values()
+    )
 
 
 def test_depth_shows_what_each_preset_measured() -> None:

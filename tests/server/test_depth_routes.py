@@ -52,6 +52,15 @@ def test_depth_says_whether_there_are_drafts(depth: ServedDepth, drafts: bool) -
     assert depth_info(replace(depth, drafts=drafts)).drafts is drafts
 
 
+BUILT_IN = {
+    "exit_threshold": 1.0,
+    "min_loops": 1,
+    "max_loops": 4,
+    "exit_mode": "skip",
+    "exit_rule": "gate",
+}
+
+
 def test_depth_shows_everything_a_client_may_ask_for(client: TestClient) -> None:
     shown = client.get("/v1/depth").json()
     controller = shown.pop("controller")
@@ -61,8 +70,14 @@ def test_depth_shows_everything_a_client_may_ask_for(client: TestClient) -> None
         "model": "m",
         "loops": 4,
         "modes": ["auto", "skip", "exact", "lossless"],
+        "rules": {
+            "gate": {"most": 1.0, "off": 1.0},
+            "margin": {"most": 1.0, "off": 1.0},
+            "delta": {"most": 2.0, "off": 0.0},
+        },
+        "return_loops": True,
         "drafts": True,
-        "defaults": {"exit_threshold": 1.0, "min_loops": 1, "max_loops": 4, "exit_mode": "skip"},
+        "defaults": BUILT_IN,
         "presets": {
             "quick": {
                 "description": "Drafts.",
@@ -70,6 +85,7 @@ def test_depth_shows_everything_a_client_may_ask_for(client: TestClient) -> None
                 "min_loops": None,
                 "max_loops": 3,
                 "exit_mode": None,
+                "exit_rule": "gate",
             }
         },
         "reasoning_effort": {"low": "quick"},
@@ -87,7 +103,7 @@ def test_a_change_is_shown_and_applies_to_the_next_request(client: TestClient, s
     assert answer.status_code == 200
     assert answer.json() == client.get("/v1/depth").json()
     now = answer.json()["defaults"]
-    assert now == {"exit_threshold": 0.4, "min_loops": 2, "max_loops": 4, "exit_mode": "skip"}
+    assert now == BUILT_IN | {"exit_threshold": 0.4, "min_loops": 2}
     assert post(client, CHAT, BODIES[CHAT]).status_code == 418
     assert seen.requests[0].resolved.controls() == now
     assert seen.requests[0].resolved.source == "default"
@@ -112,6 +128,9 @@ def test_what_is_shown_is_what_a_steered_request_gets(
         ({"min_loops": 2, "max_loops": 5}, "max_loops"),
         ({"min_loops": 2, "exit_mode": "x" * 10**5}, "exit_mode"),
         ({"min_loops": 2, "treshold": 1}, "treshold"),
+        ({"exit_rule": "delta"}, "exit_threshold"),
+        ({"exit_rule": "x", "exit_threshold": 0.5}, "exit_rule"),
+        ({"exit_rule": {}, "exit_threshold": 0.5}, "exit_rule"),
     ],
 )
 def test_a_wrong_change_is_refused_whole(client: TestClient, fields: dict, param: str) -> None:

@@ -57,7 +57,8 @@ def main(argv: Sequence[str]) -> int:
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     with opened(out / "state.jsonl", belongs) as state:
-        total = len(questions) * (1 + len(plan.modes) * len(plan.thresholds))
+        grids = sum(map(len, plan.thresholds.values()))
+        total = len(questions) * (1 + len(plan.modes) * grids)
         with tqdm(total=total, unit="answer", file=sys.stderr) as bar:
 
             def tell(what: str, count: int) -> None:
@@ -85,8 +86,8 @@ def finish(
 ) -> int:
     """Choose, write the files, and say what came of it."""
     promises = [
-        presets.Promise(plan, mode, choose(seen, loss, plan.each))
-        for mode, seen in points.items()
+        presets.Promise(plan, series, choose(points[series.name], loss, plan.each))
+        for series in plan.series
         for loss in plan.losses
     ]
     loops = round(next(iter(points.values()))[0].mean_depth)

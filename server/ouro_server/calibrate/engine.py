@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ouro_runtime.config import GATE
 from ouro_server.calibrate.errors import CalibrationError
 from ouro_server.calibrate.questions import Question
 from ouro_server.calibrate.run import Answer
@@ -41,10 +42,16 @@ class VllmEngine:
         return list(tokenizer.encode(text, add_special_tokens=False))
 
     def answer(
-        self, prompts: Sequence[Sequence[int]], mode: str, threshold: float, max_tokens: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        mode: str,
+        threshold: float,
+        max_tokens: int,
+        rule: str = GATE,
     ) -> list[Answer]:
         longest = self.llm.model_config.max_model_len
         depth = {
+            "exit_rule": rule,
             "exit_threshold": threshold,
             "exit_mode": mode,
             "min_loops": 1,
