@@ -36,6 +36,16 @@ def shipped() -> Path:
     return Path(ouro_runtime.__file__).parent / "checkpoints" / SHIPPED_NAME
 
 
+def is_shipped(model: str) -> bool:
+    """Whether a user means the shipped checkpoint by its name; a folder of that name is theirs."""
+    return model == SHIPPED_NAME and not Path(model).is_dir()
+
+
+def locate(model: str) -> str:
+    """Where a model is: the shipped checkpoint's folder for its name, else what was said."""
+    return str(shipped()) if is_shipped(model) else model
+
+
 def read_config(model: str) -> dict[str, Any] | None:
     """A local checkpoint's `config.json`; None for one that is not a local folder.
 

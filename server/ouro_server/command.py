@@ -29,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(argv)
     depth = settings.depth_settings(options)
     model = settings.guess_model(rest)
-    if model is None and settings.names_no_model(rest):
+    if model is not None:
+        model = checkpoint.locate(model)
+    elif settings.names_no_model(rest):
         model = str(checkpoint.shipped())
     try:
         # What can be told before vLLM is imported; `_serve` checks again when all is known.

@@ -91,12 +91,13 @@ def parse_engine(model: str, argv: Sequence[str]) -> argparse.Namespace:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """vLLM's options, MODEL in `model`: the shipped checkpoint unless one was named."""
+    """vLLM's options, MODEL in `model`: the shipped checkpoint if none, or its name, was given."""
     parser = build_parser()
     args = parser.parse_args(list(argv))
+    unnamed = args.model_tag is None and args.model == parser.get_default("model")
     if args.model_tag is not None:
         args.model = args.model_tag
-    elif args.model == parser.get_default("model"):
+    if unnamed or checkpoint.is_shipped(args.model):
         args.model = str(checkpoint.shipped())
         args.served_model_name = args.served_model_name or [checkpoint.SHIPPED_NAME]
         outputs = args.structured_outputs_config

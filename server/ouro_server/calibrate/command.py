@@ -34,9 +34,7 @@ def main(argv: Sequence[str]) -> int:
     options, rest = build_parser().parse_known_args(list(argv))
     plan, questions = Plan.of(options), read(options.questions)
     check_expected(plan, questions)
-    model = options.model
-    if model == checkpoint.SHIPPED_NAME and not Path(model).is_dir():
-        model = str(checkpoint.shipped())
+    model = checkpoint.locate(options.model)
     config = checkpoint.read_config(model)
     loops = checkpoint.ANY_LOOPS if config is None else config["total_ut_steps"]
     PresetBook.load(options.presets, loops)
@@ -112,7 +110,7 @@ def finish(
     content = presets.content(options.presets, promises, len(questions), loops)
     PresetBook.parse(content, loops)
     presets.write(file, content, f"{facts.model}, {facts.questions} questions")
-    served = "" if options.model == checkpoint.SHIPPED_NAME else f"{options.model} "
+    served = "" if checkpoint.is_shipped(options.model) else f"{options.model} "
     _say(f"wrote {out / 'report.md'} and {file}: ouro-serve {served}--presets {file}")
     return 0
 
