@@ -35,6 +35,8 @@ from ouro_runtime.pace import Pace
 from ouro_runtime.reports import PARTS, Delivery, DepthReport, Finished, StepReport
 
 REPORT_ID = "ouro-step-report"
+AUDIT_ID = "ouro-audit-"
+"""How the ids of requests begin that are the server's own: no statistics count them."""
 OF_TOKENS = (*COUNTS, "exit_cdf", "loops")
 """What a `CompletionOutput` says of its tokens, beside their ids."""
 
@@ -127,6 +129,7 @@ def _read_reports() -> None:
         if own:
             engine_core_outputs = [o for o in engine_core_outputs if o.request_id != REPORT_ID]
             report.steps = [unpack_report(o.routed_experts) for o in own]
+        engine_core_outputs, audits = _apart(self, engine_core_outputs)
         states = {
             o.request_id: self.request_states.get(o.request_id)
             for o in engine_core_outputs
@@ -136,6 +139,10 @@ def _read_reports() -> None:
         result = process_outputs(
             self, engine_core_outputs, engine_core_timestamp, iteration_stats, *a, **k
         )
+        if audits:
+            quiet = process_outputs(self, audits, engine_core_timestamp, None, *a, **k)
+            result.request_outputs += quiet.request_outputs
+            result.reqs_to_abort += quiet.reqs_to_abort
         if iteration_stats is not None:
             now = time.monotonic()
             for request_id, count in before.items():
@@ -157,6 +164,16 @@ def _read_reports() -> None:
         return result
 
     OutputProcessor.process_outputs = reading
+
+
+def _apart(
+    processor: Any, outputs: list[EngineCoreOutput]
+) -> tuple[list[EngineCoreOutput], list[EngineCoreOutput]]:
+    """Users' outputs, and those of audits. A processor that traces needs statistics of all."""
+    if processor.tracing_enabled or not any(o.request_id.startswith(AUDIT_ID) for o in outputs):
+        return outputs, []
+    users = [o for o in outputs if not o.request_id.startswith(AUDIT_ID)]
+    return users, [o for o in outputs if o.request_id.startswith(AUDIT_ID)]
 
 
 @dataclass

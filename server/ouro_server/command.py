@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ouro_runtime.config import GATE, RULE, DepthError
+from ouro_runtime.config import DepthError
 from ouro_server import checkpoint, settings
 from ouro_server.presets import PresetBook, PresetError
 
@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = None if model is None else checkpoint.read_config(model)
         checkpoint.check_depth_defaults(config, depth)
         _check_presets(options.presets, config)
-        target_ms = settings.target_tpot_ms(options)
+        targets = settings.Targets.of(options)
         _prepare_environment(argv, local_model=config is not None)
-        return _serve(rest, depth, options.presets, target_ms)
+        return _serve(rest, depth, options.presets, targets)
     except DepthError as error:
         return _fail(_in_terms_of_options(error))
     except (checkpoint.RefusedError, PresetError) as error:
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(
-    rest: Sequence[str], depth: dict[str, object], presets: Path, target_ms: float | None
+    rest: Sequence[str], depth: dict[str, object], presets: Path, targets: settings.Targets
 ) -> int:
     from ouro_server import launch
 
@@ -59,10 +59,9 @@ def _serve(
     checkpoint.check_depth_defaults(config, merged["ouro"])
     book = _check_presets(presets, config)
     args.presets = presets
-    args.target_tpot_ms = target_ms
+    args.targets = targets
     launch.check_paths(args)
-    if target_ms is not None:
-        launch.check_steering(args, book, merged["ouro"].get(RULE, GATE))
+    launch.check_targets(args, book, merged["ouro"])
     if config is not None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         checkpoint.check_files(args.model, args.load_format in ("auto", "safetensors"))

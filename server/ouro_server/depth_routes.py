@@ -11,6 +11,8 @@ from ouro_server.depth import shortened
 from ouro_server.honest_status import reads_requests
 from ouro_server.json_body import check_body
 from ouro_server.schemas import (
+    AgreementInfo,
+    ClassAgreement,
     ControllerInfo,
     DepthControls,
     DepthDefaults,
@@ -112,16 +114,41 @@ def depth_info(served: ServedDepth) -> DepthInfo:
         },
         default_priority_class=book.default_class,
         controller=controller_info(served.steering),
+        audit=served.audit_share,
+        agreement=agreement_info(served.steering),
+        gave_way=list(served.steering.gave_way) if served.steering else [],
     )
 
 
 def controller_info(steering: Steering | None) -> ControllerInfo:
     """The controller's part of it."""
-    if steering is None:
+    if steering is None or steering.law is None:
         return ControllerInfo()
     return ControllerInfo(
         active=steering.active,
         target_tpot_ms=1000 * steering.law.target,
         p95_tpot_ms=None if steering.p95 is None else round(1000 * steering.p95, 3),
         pressure=round(steering.pressure, 4),
+    )
+
+
+def agreement_info(steering: Steering | None) -> AgreementInfo:
+    """The target agreement's part of it."""
+    agreement = steering.agreement if steering else None
+    if steering is None or agreement is None:
+        return AgreementInfo()
+    return AgreementInfo(
+        active=steering.active,
+        target=agreement.rule.target,
+        confidence=agreement.rule.confidence,
+        priority_classes={
+            name: ClassAgreement(
+                proven=agreement.proven(name),
+                trial=agreement.trial(name),
+                audits=ladder.audits,
+                needed=agreement.needed(name),
+                lost=ladder.missed,
+            )
+            for name, ladder in agreement.ladders.items()
+        },
     )

@@ -318,6 +318,30 @@ class ControllerInfo(BaseModel):
     )
 
 
+class ClassAgreement(BaseModel):
+    """What audits say of one priority class."""
+
+    proven: float = Field(description="The lowest threshold that they allow for all its requests.")
+    trial: float | None = Field(
+        description="The threshold that requests picked for an audit are served at, to try it; "
+        "null while none is tried."
+    )
+    audits: int = Field(description="Audits of the running test.")
+    needed: int = Field(description="Audits that it takes.")
+    lost: int = Field(description="Answers among them that are not those of full depth.")
+
+
+class AgreementInfo(BaseModel):
+    """The target agreement."""
+
+    active: bool = Field(default=False, description="Whether it moves the default thresholds.")
+    target: float | None = Field(
+        default=None, description="The share of answers that shall be those of full depth."
+    )
+    confidence: float | None = Field(default=None, description="That of a proven threshold.")
+    priority_classes: dict[str, ClassAgreement] = Field(default_factory=dict)
+
+
 class DepthInfo(BaseModel):
     """`GET /v1/depth`: what the served model's loops are, and what may be asked of them."""
 
@@ -345,3 +369,9 @@ class DepthInfo(BaseModel):
         description="Class of a request that names none; null if there are no classes."
     )
     controller: ControllerInfo
+    audit: float = Field(description="Share of the requests that skip which is audited.")
+    agreement: AgreementInfo
+    gave_way: list[str] = Field(
+        description="Targets that are missed: `latency` since the agreement allows no lower "
+        "threshold, `agreement` since the operator's default already loses more."
+    )

@@ -26,7 +26,8 @@ class ServedDepth:
         adapters: what is loaded by now, by name.
         fixed: why the defaults must not be changed over HTTP; None if they may.
         metrics: where finished generations are counted, if anywhere.
-        steering: the latency controller, if there is one.
+        steering: what moves the defaults, if anything does.
+        audit_share: of the requests that skip, how many are audited.
         drafts: whether lossless requests may be drafted.
         reads_loops: whether the engine can read out, or compare, what each loop left.
         known_xargs: whether all keys of `vllm_xargs` are known; not if the operator has logits
@@ -41,6 +42,7 @@ class ServedDepth:
     fixed: tuple[int, str] | None = None
     metrics: ServerMetrics | None = None
     steering: Steering | None = None
+    audit_share: float = 0.0
     drafts: bool = True
     reads_loops: bool = True
     known_xargs: bool = True

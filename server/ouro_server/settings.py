@@ -3,7 +3,8 @@
 import argparse
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,6 +28,9 @@ QUIET = "ignore::FutureWarning,ignore::UserWarning:multiprocessing.resource_trac
 
 OWN_LOGGING = ("--log-", "--log_", "--logging", "--pylog")
 """Options of who wants vLLM's log another way; `--logprobs-mode` is none."""
+
+AUDIT_SHARE = 0.02
+"""Of `--audit`, where a target agreement asks for audits and nobody says how many."""
 
 LOGGING = Path(__file__).with_name("logging.yaml")
 """vLLM's loggers at WARNING, but for the few lines that show how far loading has come. vLLM reads
@@ -127,7 +131,63 @@ def depth_parser() -> argparse.ArgumentParser:
         "(presets file) and --exit-threshold. Requests that set depth themselves are not touched.\n"
         "Default: off.",
     )
+    group.add_argument(
+        "--audit",
+        metavar="SHARE",
+        help="Read this share of the answers that skipped loops, above 0 and at most 1, once more\n"
+        "at full depth when nobody waits, and count how many agree. Default: off.",
+    )
+    group.add_argument(
+        "--target-agreement",
+        "--target_agreement",
+        metavar="SHARE",
+        help="Let audits move the default thresholds: each priority class gets the lowest, down\n"
+        "to its floor, at which this share of greedy answers is that of full depth, token for\n"
+        "token, with 95 %% confidence; from 0.5 to below 1. With --target-tpot-ms thresholds\n"
+        f"go down only under load, and no further. Implies --audit {AUDIT_SHARE:g}. Default: off.",
+    )
     return parser
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the server holds, and how it knows.
+
+    Attributes:
+        tpot_ms: the latency controller's target; None if there is to be none.
+        agreement: the share of answers that shall be those of full depth; None as above.
+        audit: the share of answers that is audited; 0 for none.
+    """
+
+    tpot_ms: float | None = None
+    agreement: float | None = None
+    audit: float = 0.0
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> "Targets":
+        """From the command line.
+
+        Raises:
+            DepthError: naming the option and what is allowed.
+        """
+        agreement = _share(
+            "--target-agreement",
+            options.target_agreement,
+            "from 0.5 to below 1",
+            lambda v: 0.5 <= v < 1,
+        )
+        audit = _share("--audit", options.audit, "above 0 and at most 1", lambda v: 0 < v <= 1)
+        implied = AUDIT_SHARE if agreement is not None else 0.0
+        return cls(target_tpot_ms(options), agreement, implied if audit is None else audit)
+
+
+def _share(
+    name: str, text: str | None, allowed: str, holds: Callable[[float], bool]
+) -> float | None:
+    value = None if text is None else _number(text)
+    if value is not None and (isinstance(value, str) or not holds(value)):  # NaN compares false
+        raise DepthError(name, f"{name} must be a number {allowed}, got {text!r}")
+    return value
 
 
 def target_tpot_ms(options: argparse.Namespace) -> float | None:

@@ -63,8 +63,8 @@ BUILT_IN = {
 
 def test_depth_shows_everything_a_client_may_ask_for(client: TestClient) -> None:
     shown = client.get("/v1/depth").json()
-    controller = shown.pop("controller")
-    assert controller["active"] is False
+    controller, agreement = shown.pop("controller"), shown.pop("agreement")
+    assert controller["active"] is agreement["active"] is False
     assert shown == {
         "object": "depth",
         "model": "m",
@@ -77,6 +77,8 @@ def test_depth_shows_everything_a_client_may_ask_for(client: TestClient) -> None
         },
         "return_loops": True,
         "drafts": True,
+        "audit": 0.0,
+        "gave_way": [],
         "defaults": BUILT_IN,
         "presets": {
             "quick": {

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ouro_server.calibrate.bounds import trials_needed, upper_bound
+from ouro_server.bounds import trials_needed, upper_bound
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 import ouro_runtime
 from ouro_server import checkpoint, settings
+from ouro_server.bounds import trials_needed
 from ouro_server.calibrate import plot, presets, report
-from ouro_server.calibrate.bounds import trials_needed
 from ouro_server.calibrate.choose import Point, choose
 from ouro_server.calibrate.errors import CalibrationError
 from ouro_server.calibrate.plan import NO_PROMISE, Plan, build_parser

@@ -7,6 +7,7 @@ from ouro_runtime.config import GATE
 from ouro_server.calibrate.errors import CalibrationError
 from ouro_server.calibrate.questions import Question
 from ouro_server.calibrate.run import Answer
+from ouro_server.choices import chosen, pass_params
 from ouro_server.vllm_api import SamplingParams
 
 
@@ -73,14 +74,9 @@ class VllmEngine:
         self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
     ) -> list[list[bool]]:
         whole = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
-        passes = self._generate(whole, [params.clone() for _ in whole])
+        passes = self._generate(whole, [pass_params() for _ in whole])
         return [
-            [
-                # Of two likeliest tokens each is a choice.
-                entry[token].logprob == max(value.logprob for value in entry.values())
-                for token, entry in zip(answer, made.prompt_logprobs[len(prompt) :], strict=True)
-            ]
+            chosen(answer, made.prompt_logprobs[len(prompt) :])
             for prompt, answer, made in zip(prompts, answers, passes, strict=True)
         ]
 

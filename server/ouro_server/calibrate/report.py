@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ouro_runtime.config import GATE
-from ouro_server.calibrate.bounds import trials_needed
+from ouro_server.bounds import trials_needed
 from ouro_server.calibrate.choose import Point
 from ouro_server.calibrate.plan import Plan
 from ouro_server.calibrate.presets import Promise
