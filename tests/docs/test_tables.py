@@ -6,6 +6,7 @@ import json
 import math
 import re
 
+from ouro_server.agreement import Rule
 from ouro_server.presets import SHIPPED, PresetBook
 from tests.docs.blocks import ROOT
 from tests.observability.expressions import of_rules
@@ -29,6 +30,13 @@ def test_operations_shows_the_kept_storm() -> None:
     assert not [part for part in parts if part["broken"]]
     sent = {part["part"]: part["sent"] for part in parts}
     assert sent["mutated requests"] >= 10_000 and sent["abandoned streams"] >= 1_000
+
+
+def test_audits_say_how_many_a_rung_takes() -> None:
+    rows = re.findall(r"^\| (0\.\d+) \| (\d+) \|$", (ROOT / "docs/audits.md").read_text(), re.M)
+    assert len(rows) == 4
+    for target, audits in rows:
+        assert Rule(float(target)).audits(0) == int(audits), target
 
 
 PRESETS = PresetBook.load(SHIPPED, loops=4).presets
