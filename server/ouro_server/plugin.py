@@ -119,6 +119,7 @@ class DepthEndpoints:
             state.steering_task = asyncio.create_task(steering.run())
         if served.audit_share:
             auditor = start_audits(engine_client, generate, served)
+            await auditor.warm_up()
             state.audit_task = asyncio.create_task(auditor.run(state.drain.told))
         list_aliases(models, served)
         state.openai_serving_models = adopt(models, DepthServingModels, served)

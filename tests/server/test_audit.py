@@ -165,6 +165,17 @@ def test_a_client_that_leaves_leaves_nothing() -> None:
     run(Bench(), play)
 
 
+def test_before_anybody_asks_both_kinds_of_log_probabilities_were_asked_for() -> None:
+    async def play(bench: Bench) -> None:
+        await bench.auditor.warm_up()
+
+    bench = run(Bench(), play)
+    ((prompt, asked, _),) = bench.engine.audits
+    assert len(prompt["prompt_token_ids"]) == 4
+    assert (asked.prompt_logprobs, asked.logprobs) == (1, 0)
+    assert bench.counts() == [0, 0, 0, 0]
+
+
 def test_the_share_is_a_share() -> None:
     async def play(bench: Bench) -> None:
         drawn = [bench.picker.pick(params(), None) is not None for _ in range(4000)]

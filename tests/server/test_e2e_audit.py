@@ -29,12 +29,28 @@ def audited() -> Iterator[Live]:
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda prompt: complete(server, prompt, **EARLY), PROMPTS * 4))
         assert SECRET not in server.output()
-        assert "audit" not in server.output()
+        assert "audit failed" not in server.output()
+        assert "for an audit" not in server.output()
 
 
 def complete(live: Live, prompt: Any, **fields: Any) -> dict[str, Any]:
     body = {"model": live.model, "prompt": prompt, "max_tokens": 16, "temperature": 0}
     answer = live.http.post("/v1/completions", json=body | {"return_token_ids": True} | fields)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]
+
+
+def say(live: Live, question: str) -> dict[str, Any]:
+    """A greedy chat of the class that may give up most."""
+    body = {
+        "model": live.model,
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": 16,
+        "temperature": 0,
+        "priority_class": "batch",
+        "return_depths": True,
+    }
+    answer = live.http.post("/v1/chat/completions", json=body)
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"][0]
 
@@ -143,15 +159,13 @@ def test_audits_prove_lower_thresholds_and_requests_get_them(audited: Live) -> N
     with ThreadPoolExecutor(4) as pool:
         while shown["agreement"]["priority_classes"]["batch"]["proven"] == 1:
             assert time.monotonic() < deadline, shown["agreement"]
-            asked = [f"{number + i} + 3 =" for i in range(16)]
-            number += len(asked)
-            list(pool.map(lambda p: complete(audited, p, priority_class="batch"), asked))
+            list(pool.map(lambda i: say(audited, f"What is {i} + 3?"), range(number, number + 16)))
+            number += 16
             shown = told()
     wait(lambda: told()["priority_classes"]["batch"]["exit_threshold"] < 1)
     classes = told()["priority_classes"]
     assert classes["premium"]["exit_threshold"] == 1
     batch = ("ouro_agreement_threshold", ("priority_class", "batch"))
     wait(lambda: audited.metrics()[batch] == told()["priority_classes"]["batch"]["exit_threshold"])
-    answer = complete(audited, PROMPTS[4], priority_class="batch", return_depths=True)
-    assert min(answer["depths"]) < LOOPS
+    assert min(say(audited, "What is 12 + 34?")["depths"]) < LOOPS
     assert shown["gave_way"] == []

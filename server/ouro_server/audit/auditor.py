@@ -117,6 +117,14 @@ class Auditor:
         held = sum(answer.length for answer in self._queue)
         return len(self._queue) >= MOST_ANSWERS or held + tokens > MOST_TOKENS
 
+    async def warm_up(self) -> None:
+        """Let the engine make, before anybody waits, what the first log-probabilities need: vLLM
+        compiles how they are ranked, which takes seconds, once for a row and once for more."""
+        prompt = {"type": "token", "prompt_token_ids": [0] * min(4, self._longest - 1)}
+        params = pass_params(self._loops, detokenize=False, logprobs=0)
+        async for _ in self._generate(prompt, params, f"{AUDIT_ID}0"):
+            pass
+
     async def run(self, told: asyncio.Event) -> None:
         """Audit until the server is told to stop, or the engine has died."""
         work = asyncio.create_task(self._work())
