@@ -84,7 +84,7 @@ def check_rule_of(served: ServedDepth, fields: Mapping[str, Any]) -> None:
         raise DepthError(RULE, f"{RULE} {rule!r} is not supported on CUDA yet, only {GATE!r}")
     if served.steering is not None:
         raise DepthError(
-            RULE, f"{RULE} must stay gate: --target-tpot-ms moves the threshold of that rule"
+            RULE, f"{RULE} must stay gate: this server's target moves the threshold of that rule"
         )
 
 

@@ -20,7 +20,13 @@ from ouro_server.audit.room import Room
 from ouro_server.defaults import Defaults
 from tests.server.fakes import CONFIG, LOOPS, output, result
 
-SKIP = {"exit_threshold": 0.5, "min_loops": 1, "max_loops": LOOPS, "exit_mode": "skip"}
+SKIP: dict[str, Any] = {
+    "exit_threshold": 0.5,
+    "min_loops": 1,
+    "max_loops": LOOPS,
+    "exit_mode": "skip",
+    "exit_rule": "gate",
+}
 WHOLE = SKIP | {"exit_threshold": 1.0}
 PROMPT = {"type": "token", "prompt_token_ids": [1, 2, 3]}
 

@@ -87,8 +87,12 @@ def test_log_probabilities_that_were_asked_for_stay() -> None:
 
 @pytest.mark.parametrize(
     "asked",
-    [params(WHOLE), params(SKIP | {"exit_mode": "lossless"})],
-    ids=["every loop", "lossless"],
+    [
+        params(WHOLE),
+        params(SKIP | {"exit_mode": "lossless"}),
+        params(SKIP | {"exit_rule": "delta", "exit_threshold": 0.0}),
+    ],
+    ids=["every loop", "lossless", "a rule that is off"],
 )
 def test_what_cannot_skip_is_left_alone(asked: Any) -> None:
     async def play(bench: Bench) -> None:
@@ -97,6 +101,22 @@ def test_what_cannot_skip_is_left_alone(asked: Any) -> None:
     bench = run(Bench(), play)
     assert bench.engine.asked == [asked]
     assert bench.engine.audits == []
+
+
+@pytest.mark.parametrize(
+    "depth",
+    [
+        {"exit_rule": "margin"},
+        {"exit_rule": "delta", "exit_threshold": 1.0},
+        {"exit_mode": "exact"},
+    ],
+)
+def test_whatever_a_token_leaves_by_it_is_audited(depth: dict[str, Any]) -> None:
+    async def play(bench: Bench) -> None:
+        await bench.ask(params(SKIP | depth))
+        await bench.until(lambda: bench.count("audited_requests_total") == 1)
+
+    run(Bench(), play)
 
 
 def test_an_answer_that_skipped_nothing_needs_no_audit() -> None:

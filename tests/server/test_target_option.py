@@ -71,6 +71,12 @@ def test_answers_that_are_those_of_full_depth_leave_nothing_to_steer() -> None:
         check(AGREEMENT, [], depth={"exit_mode": "lossless"})
 
 
+@pytest.mark.parametrize("targets", [LATENCY, AGREEMENT])
+def test_floors_are_of_one_exit_rule(targets: Targets) -> None:
+    with pytest.raises(checkpoint.RefusedError, match="the default rule is margin"):
+        check(targets, [], depth={"exit_rule": "margin", "exit_threshold": 0.5})
+
+
 def test_audits_ask_for_little() -> None:
     argv = ["--api-server-count", "2", "--disable-log-stats"]
     assert check(AUDIT, argv, PresetBook.parse({}, LOOPS)).api_server_count == 2
