@@ -101,6 +101,9 @@ class Agreement:
         floors: priority class -> the lowest threshold it may be given.
         ceiling: the operator's default threshold.
         whole: whether the ceiling runs every loop, so that there is nothing to prove of it.
+
+    Attributes:
+        stopped: nobody puts what is proven in force any more, so nothing is tried.
     """
 
     def __init__(
@@ -109,6 +112,7 @@ class Agreement:
         self.rule = rule
         self.floors = floors
         self.outcomes = {"proven": 0, "failed": 0, "withdrawn": 0}
+        self.stopped = False
         self.start(ceiling, whole)
 
     def start(self, ceiling: float, whole: bool) -> None:
@@ -157,6 +161,8 @@ class Agreement:
     def assign(self, name: str) -> Ticket | None:
         """What a request of this class, that will be audited, is served at and counted in; None if
         it tells nothing."""
+        if self.stopped:
+            return None
         ladder = self.ladders[name]
         tried = self.trial(name)
         if tried is None:

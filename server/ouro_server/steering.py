@@ -127,3 +127,5 @@ class Steering:
         finally:
             self._show(False)
             self._defaults.steer({})
+            if self.agreement is not None:
+                self.agreement.stopped = True

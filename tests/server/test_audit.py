@@ -226,6 +226,18 @@ def test_an_adapter_and_a_salt_go_along() -> None:
     assert options["lora_request"] is adapter
 
 
+def test_an_adapter_that_was_loaded_later_is_known() -> None:
+    loaded: dict[str, Any] = {}
+    adapter = SimpleNamespace(lora_name="a", lora_int_id=3)
+
+    async def play(bench: Bench) -> None:
+        loaded["a"] = adapter
+        await bench.ask(lora_request=adapter)
+        await bench.until(lambda: bench.count("audited_requests_total") == 1)
+
+    run(Bench(adapters=loaded), play)
+
+
 def test_an_adapter_that_is_gone_is_not_loaded_again() -> None:
     async def play(bench: Bench) -> None:
         await bench.ask(lora_request=SimpleNamespace(lora_name="a", lora_int_id=3))

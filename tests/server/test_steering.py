@@ -234,6 +234,16 @@ def test_another_default_of_the_operators_has_to_be_proven_anew() -> None:
     assert bench.in_force("batch") == 0.8
 
 
+def test_with_the_steering_trials_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PERIOD", 0.001)
+    agreement = agreed(10)
+    bench = Bench(law=None, agreement=agreement)
+    assert agreement.assign("batch") is not None
+    monkeypatch.setattr(bench.steering, "look", lambda: 1 / 0)
+    asyncio.run(bench.steering.run())
+    assert agreement.assign("batch") is None
+
+
 def gave_way(bench: Bench) -> dict[str, float | None]:
     return {
         target: bench.registry.get_sample_value(

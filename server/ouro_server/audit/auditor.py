@@ -83,7 +83,7 @@ class Auditor:
         self._loops = loops
         self._longest = longest
         self._agreement = agreement
-        self._adapters = adapters or {}
+        self._adapters = {} if adapters is None else adapters
         self._queue: deque[Answer] = deque()
         self._offered = asyncio.Event()
         self._count = 0
