@@ -46,6 +46,11 @@ def test_a_server_that_cannot_be_steered_is_refused(argv: list[str], reason: str
         launch.check_steering(launch.parse(argv), BOOK)
 
 
+def test_floors_are_of_the_gates_rule() -> None:
+    with pytest.raises(checkpoint.RefusedError, match="default rule is margin"):
+        launch.check_steering(launch.parse([]), BOOK, "margin")
+
+
 def test_floors_are_needed() -> None:
     book = PresetBook.parse({"presets": {"fast": {"exit_threshold": 0.3}}}, LOOPS)
     with pytest.raises(checkpoint.RefusedError, match="priority_classes"):
