@@ -58,7 +58,8 @@ def test_depth_shows_what_each_preset_measured() -> None:
     skip = {
         run["exit_threshold"]: run
         for run in measured
-        if (run["gate"], run["exit_mode"], run["max_loops"]) == ("shipped", "skip", 4)
+        if (run["gate"], run["exit_rule"]) == ("shipped", "gate")
+        and (run["exit_mode"], run["max_loops"]) == ("skip", 4)
     }
     rows = re.findall(
         rf"^\| `({'|'.join(PRESETS)})` ((?:\| [\d.]+ ){{6}})\|$",
@@ -72,6 +73,24 @@ def test_depth_shows_what_each_preset_measured() -> None:
         expected = [f"{run['mean_depth']:.2f}", f"{run['accuracy']:.1f}"]
         expected += [f"{hardest[family]:.1f}" for family in ("sum", "mod", "chain", "cups")]
         assert cells.strip("| ").split(" | ") == expected
+
+
+def test_depth_shows_what_each_rule_measured() -> None:
+    """Every row is a point of the kept `make quality` run."""
+    measured = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["results"]
+    kept = {
+        (run["exit_rule"], run["exit_threshold"]): (run["mean_depth"], run["accuracy"])
+        for run in measured
+        if (run["gate"], run["exit_mode"], run["max_loops"]) == ("shipped", "skip", 4)
+    }
+    text = (ROOT / "docs/depth.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` at ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    assert {rule for rule, *_ in rows} == {"gate", "margin", "delta"}
+    for rule, threshold, depth, right in rows:
+        assert (depth, right) == tuple(
+            f"{value:.{digits}f}"
+            for value, digits in zip(kept[rule, float(threshold)], (2, 1), strict=True)
+        )
 
 
 def test_figures_of_a_gpu_are_the_kept_ones() -> None:

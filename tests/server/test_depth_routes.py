@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from ouro_server.depth_routes import depth_info
+from ouro_runtime.config import DepthError
+from ouro_server.depth_routes import check_rule_of, depth_info
 from ouro_server.plugin import list_aliases, why_fixed
 from ouro_server.presets import PresetBook
 from ouro_server.served import ServedDepth
@@ -174,6 +175,29 @@ def test_a_server_that_must_not_be_changed_says_why(
 def test_a_key_from_the_environment_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "k")
     assert why_fixed(Namespace(api_key=None), 1) is None
+
+
+@pytest.mark.parametrize(
+    ("served", "said"),
+    [
+        ({"reads_loops": False}, "not supported on CUDA yet"),
+        ({"steering": object()}, "must stay gate: --target-tpot-ms"),
+    ],
+)
+def test_a_default_rule_that_this_server_cannot_have_is_refused(
+    depth: ServedDepth, served: dict[str, Any], said: str
+) -> None:
+    fields = {"exit_rule": "margin", "exit_threshold": 0.5}
+    check_rule_of(depth, fields)
+    check_rule_of(replace(depth, **served), {"exit_rule": "gate", "exit_threshold": 0.5})
+    with pytest.raises(DepthError, match=said) as refusal:
+        check_rule_of(replace(depth, **served), fields)
+    assert refusal.value.param == "exit_rule"
+
+
+def test_an_engine_that_reads_no_loops_offers_the_gate_alone(depth: ServedDepth) -> None:
+    shown = depth_info(replace(depth, reads_loops=False))
+    assert list(shown.rules) == ["gate"] and not shown.return_loops
 
 
 def test_a_model_without_loops_has_no_depth(monkeypatch: pytest.MonkeyPatch) -> None:
