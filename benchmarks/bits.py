@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -56,7 +57,9 @@ def write(model: Path, folder: Path, options: list[str], narrow: bool) -> Path:
 
 
 def answers(model: Path, name: str, served: bool, problems: int) -> list[dict[str, Any]]:
-    """Right answers in every mode; in a process of its own."""
+    """Right answers in every mode; in a process of its own, and the engine in that: one of its own
+    would not let it end."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
     from benchmarks.quality import SHIPPED, EngineBackend, ReferenceBackend, measure
     from ouro_runtime.training.evaluate import Setting
     from ouro_runtime.training.export import load

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from vllm import LLM
 from vllm.lora.request import LoRARequest
 
@@ -156,6 +157,21 @@ def test_adapters_give_up_their_places_to_others(
     )
     for answer, (_, name) in zip(answers, asked, strict=True):
         agree(name, Output.of(answer.outputs[0]), merged[name][1][0], 1)
+
+
+def test_an_adapter_may_hold_nothing_but_a_gate(
+    serving: LLM, merged: dict[str, list[list[Output]]], tmp_path: Any
+) -> None:
+    """One that never says that a loop suffices: every threshold is full depth then."""
+    never = torch.zeros(1, 128), torch.tensor([-50.0])
+    folder = write_adapter(tmp_path / "a", CHECKPOINT, seed=3, targets=(), gate=never)
+    (answer,) = serving.generate(
+        {"prompt_token_ids": prompts()[0]},
+        greedy(TOKENS, DEPTHS[1]),
+        lora_request=LoRARequest("never", 52, folder),
+        use_tqdm=False,
+    )
+    agree("never", Output.of(answer.outputs[0]), merged["base"][0][0], 0)
 
 
 def test_an_adapter_of_what_is_not_adapted_is_refused(serving: LLM, tmp_path: Any) -> None:

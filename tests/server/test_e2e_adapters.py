@@ -124,8 +124,7 @@ def test_an_adapter_may_bring_a_gate_of_its_own(adapted: Live, folder: Path) -> 
         )
         depths[model] = set(answer.choices[0].depths)
         texts[model] = answer.choices[0].message.content
-    assert depths["never@fast"] == depths["ouro-mini@full"] == {4}
-    assert depths["ouro-mini@fast"] != {4}
+    assert depths["never@fast"] == {4} != depths["ouro-mini@fast"]
     assert texts["never@fast"] == texts["ouro-mini@full"]
     body = {"lora_name": "never"}
     assert adapted.http.post("/v1/unload_lora_adapter", json=body).status_code == 200

@@ -14,12 +14,14 @@ from weakref import WeakValueDictionary
 import torch
 from vllm.lora import worker_manager
 from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.utils import is_in_target_modules
 
 from ouro_runtime.engine.pin import check_parameters
 
 check_parameters(LoRAModel.from_lora_tensors, "tensors", "peft_helper", "skip_prefixes")
+check_parameters(LoRALayerWeights.create_dummy_lora_weights, "input_dim", "rank", "device")
 check_parameters(PEFTHelper.get_rank_and_scaling, "module_name")
 check_parameters(worker_manager.WorkerLoRAManager.__init__, "lora_model_cls")
 check_parameters(worker_manager.LRUCacheWorkerLoRAManager._load_adapter, "lora_request")
@@ -66,6 +68,10 @@ class GatedLoRA(LoRAModel):
             if found:
                 adapter.held[rest.removeprefix("modules_to_save.")] = tensor
         adapter.scale = peft_helper.get_rank_and_scaling(MODULE)[1]
+        if adapter.held and not adapter.loras:
+            # vLLM takes no adapter without one; no layer has this name.
+            nothing = LoRALayerWeights.create_dummy_lora_weights
+            adapter.loras[MODULE] = nothing(MODULE, 1, 1, 1, torch.float32, "cpu")
         return adapter
 
 
