@@ -49,7 +49,10 @@ class LoopSchedulerMixin:
         assert self.num_lookahead_tokens == 0, "another feature claims the lookahead slots"
         self.num_lookahead_tokens = self.loop_config.loops - 1
         self._clean: dict[str, CleanPrefix] = {}
-        coordinator = self.kv_cache_manager.coordinator
+        self._guard_cache(self.kv_cache_manager.coordinator)
+
+    def _guard_cache(self, coordinator: Any) -> None:
+        """Let the prefix cache be offered nothing past a clean prefix."""
         self._publish = coordinator.cache_blocks
         coordinator.cache_blocks = self._publish_clean
 

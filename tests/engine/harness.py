@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
@@ -74,10 +76,16 @@ def values(entry: Mapping[int, Any]) -> dict[int, float]:
     return {token: value.logprob for token, value in entry.items()}
 
 
-def make_engine(model: str, **options: Any) -> LLM:
-    """An engine in this process: float32, eager, few small blocks, no prefix cache, no tokenizer.
+def loops_of(model: str) -> int:
+    """T of the checkpoint in a folder."""
+    return json.loads((Path(model) / "config.json").read_text())["total_ut_steps"]
 
-    `options` override vLLM's engine arguments.
+
+def make_engine(model: str, **options: Any) -> LLM:
+    """An engine in this process: float32, eager, few small pages, no prefix cache, no tokenizer.
+
+    `options` override vLLM's engine arguments; `blocks` is how many blocks the pool has for
+    requests that hold a page of every loop.
     """
     register()
     settings: dict[str, Any] = {
@@ -85,7 +93,6 @@ def make_engine(model: str, **options: Any) -> LLM:
         "enforce_eager": True,
         "skip_tokenizer_init": True,
         "block_size": BLOCK,
-        "num_gpu_blocks_override": 512,
         "max_model_len": 256,
         "max_num_seqs": 64,
         "max_logprobs": 20,
@@ -95,7 +102,9 @@ def make_engine(model: str, **options: Any) -> LLM:
         # Full-depth requests without drafts, unless a test asks for them.
         "additional_config": {"ouro": {"exit_mode": "skip"}},
     }
-    llm = LLM(model=str(model), **(settings | options))
+    # One page of the pool is nobody's.
+    pages = 1 + loops_of(model) * options.pop("blocks", 512)
+    llm = LLM(model=str(model), **(settings | {"num_gpu_blocks_override": pages} | options))
     # A process registers its kernels once; a second engine would scan every module again, and
     # trip over modules that other libraries have loaded meanwhile.
     CpuPlatform.register_triton_kernel_overrides = classmethod(lambda cls: None)

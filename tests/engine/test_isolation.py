@@ -34,7 +34,7 @@ from tests.engine.harness import (
     scheduler_of,
 )
 
-CHECKPOINT = CHECKPOINTS["t4-mha"]
+CHECKPOINT, LOOPS = CHECKPOINTS["t4-mha"], 4
 FULL = {"exit_threshold": 1.0}
 CONFIG = LoopConfig(4, ExitParams(1.0, 1, 4, "skip"))
 
@@ -76,7 +76,7 @@ def test_a_preempted_request_and_who_has_its_tokens_as_prompt_leave_each_other_a
 
         generate_one(llm, chat, least)
         published = len(scheduler_of(llm).kv_cache_manager.block_pool.cached_block_hash_to_block)
-        assert published == len(chat) // BLOCK
+        assert published == LOOPS * (len(chat) // BLOCK)
         out = run_preempting(llm, prompt, params, after=70)
         assert_same("preempted", out.tokens, out.depths, alone.tokens, alone.depths)
         warm = generate_one(llm, chat, least)

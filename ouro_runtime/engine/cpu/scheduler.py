@@ -1,8 +1,9 @@
 """Seam: vLLM's synchronous scheduler, for steps that yield from none to T tokens per request.
 
 After a step a request's `num_computed_tokens` moves by the tokens it yielded; what both schedulers
-of looped models do is in `scheduler_common.py`. Here it is also decided, step by step, whether
-lossless requests are drafted, and slots are reserved for what drafts have in flight.
+of looped models do is in `scheduler_common.py`. A page is that of a loop (`pages.py`). Here it is
+also decided, step by step, whether lossless requests are drafted, and slots are reserved for what
+drafts have in flight.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.request import Request
 
+from ouro_runtime.engine.cpu.pages import keep_book
 from ouro_runtime.engine.pin import check_parameters
 from ouro_runtime.engine.scheduler_common import LoopSchedulerMixin
 from ouro_runtime.engine.step_output import StepOutput
@@ -29,6 +32,15 @@ class OuroScheduler(LoopSchedulerMixin, Scheduler):
         if self.loop_config.drafts:
             self.num_lookahead_tokens = 2 * (self.loop_config.loops - 1)
         self.draft_trial: DraftTrial | None = DraftTrial()
+
+    def _guard_cache(self, coordinator: Any) -> None:
+        # By loop, in the managers of the loops' pages.
+        keep_book(coordinator, self, self.loop_config.loops)
+        self._publish = coordinator.cache_blocks
+
+    def clean(self, request: Request, loop: int) -> int:
+        clean = self._clean.get(request.request_id)
+        return request.num_prompt_tokens if clean is None else clean.by_loop[loop]
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
         super()._update_after_schedule(scheduler_output)

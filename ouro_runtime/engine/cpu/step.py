@@ -36,7 +36,7 @@ class CPUStep:
 
     Args:
         model: the looped model (`cpu/model.py`). requests: what the worker remembers of each.
-        sampler: samples between the passes. pages: the step's block tables.
+        sampler: samples between the passes. pages: the block tables of each loop.
         stand_ins: of all requests. metadata_builder: vLLM's, of the attention backend.
         adapters: None without LoRA. adapter_ids: of the requests, [R] int64, 0 for none.
     """
@@ -146,7 +146,7 @@ class CPUStep:
                 self.slots[segments.req],
                 segments.loop,
                 segments.seq_len.astype(np.int64) - 1,
-                self.pages.block_table,
+                self.pages.by_loop,
                 segments.req,
             )
             self._cells = get_forward_context().attn_metadata = Cells(metadata, debts)
