@@ -74,7 +74,13 @@ class Worker:
             if depths is not None:
                 depths[answer.request_id] = list(getattr(out, "depths", ()))
 
-    def generate(self, prompts: list[list[int]], tokens: int, extra: list[Any]) -> dict[str, Any]:
+    def generate(
+        self,
+        prompts: list[list[int]],
+        tokens: int,
+        extra: list[Any],
+        prompt_logprobs: int | None = None,
+    ) -> dict[str, Any]:
         """Tokens and depths of a batch."""
         from vllm import SamplingParams
 
@@ -82,7 +88,11 @@ class Worker:
             [{"prompt_token_ids": prompt} for prompt in prompts],
             [
                 SamplingParams(
-                    temperature=0.0, max_tokens=tokens, ignore_eos=True, extra_args=fields
+                    temperature=0.0,
+                    max_tokens=tokens,
+                    ignore_eos=True,
+                    extra_args=fields,
+                    prompt_logprobs=prompt_logprobs,
                 )
                 for fields in extra
             ],

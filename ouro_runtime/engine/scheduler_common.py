@@ -28,7 +28,7 @@ check_parameters(KVCacheCoordinator.cache_blocks, "request", "num_computed_token
 check_parameters(Scheduler.update_from_output, "scheduler_output", "model_runner_output")
 check_parameters(Scheduler._free_request_blocks, "request")
 check_parameters(Scheduler._get_local_prefix_cache_hit, "request")
-check_parameters(KVCacheManager.truncate_computed_blocks, "blocks", "num_computed_tokens")
+check_parameters(KVCacheManager.create_kv_cache_blocks, "blocks")
 
 
 class LoopSchedulerMixin:
@@ -76,9 +76,11 @@ class LoopSchedulerMixin:
         would bring true K/V where its tokens were made from stand-ins, and other tokens from there.
         """
         blocks, hit, *rest = super()._get_local_prefix_cache_hit(request)  # type: ignore[misc]
-        limit = self._clean_length(request) // self.block_size * self.block_size
-        if hit > limit:
-            blocks, hit = self.kv_cache_manager.truncate_computed_blocks(blocks, limit), limit
+        limit = self._clean_length(request) // self.block_size
+        if hit > limit * self.block_size:
+            shorter = tuple(list(group[:limit]) for group in blocks.blocks)
+            blocks = self.kv_cache_manager.create_kv_cache_blocks(shorter)
+            hit = limit * self.block_size
         return blocks, hit, *rest
 
     def _advance_clean(self, request: Request, depths: list[int], written: int) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ouro_runtime.config import LOSSLESS, ExitParams
+
 
 def last_readout(prompt: int, max_tokens: int, longest: int) -> int:
     """The last position of a request that may be read out.
@@ -17,6 +19,17 @@ def last_readout(prompt: int, max_tokens: int, longest: int) -> int:
         prompt: tokens of the prompt. max_tokens: most tokens it may generate.
     """
     return min(prompt + max_tokens, longest) - 2
+
+
+def deepest_loop(params: ExitParams, loops: int, prompt_logprobs: bool) -> int:
+    """The deepest loop that a request can read K/V of, at its prompt too; T is `loops`.
+
+    Args:
+        prompt_logprobs: it asks for log-probabilities of its prompt, which are loop T's.
+    """
+    if params.exit_mode == LOSSLESS or prompt_logprobs:
+        return loops
+    return max(params.forced_depths, default=params.max_loops)
 
 
 def replayed(

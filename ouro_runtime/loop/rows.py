@@ -40,6 +40,7 @@ class Work:
         prompt: tokens of the original prompt.
         last: the last position that may be read out (token and length limits).
         threshold, min_loops, max_loops: exit controls; `forced`, if any, [F] depths by token.
+        deepest: no position runs a loop after this one, since nobody can read it; 0 for T.
         exact: K/V mode `exact`; lossless: `lossless`; neither: `skip`.
         drafts: a lossless request may be drafted in this step.
         guided: where to draft is the `DraftRule`'s to say, not the exit rule's.
@@ -57,6 +58,7 @@ class Work:
     threshold: float = 1.0
     min_loops: int = 1
     max_loops: int = 1
+    deepest: int = 0
     forced: np.ndarray | None = None
     exact: bool = False
     lossless: bool = False
@@ -163,7 +165,7 @@ class Readout:
 
 @dataclass
 class Left:
-    """Positions whose loops are over before T: their K/V stands for the deeper loops.
+    """Positions whose loops are over early: their K/V stands for the deeper loops.
 
     Attributes:
         req, pos, depth: [M] int64, requests, positions, loops run.

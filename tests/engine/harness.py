@@ -175,8 +175,17 @@ def runner_of(llm: LLM) -> Any:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
+def pages_by_loop(llm: LLM) -> list[int]:
+    """How many pages requests hold, by loop."""
+    managers = scheduler_of(llm).kv_cache_manager.coordinator.single_type_managers
+    return [
+        sum(not page.is_null for pages in manager.req_to_blocks.values() for page in pages)
+        for manager in managers
+    ]
+
+
 def assert_idle(llm: LLM) -> None:
-    """Nothing is left of any request: no block in use, no carried state, no row in the batch."""
+    """Nothing is left of any request: no page in use, no carried state, no row in the batch."""
     scheduler, runner = scheduler_of(llm), runner_of(llm)
     assert not llm.llm_engine.has_unfinished_requests()
     assert not scheduler.running and not scheduler.waiting and not scheduler.requests
@@ -184,8 +193,9 @@ def assert_idle(llm: LLM) -> None:
     llm.llm_engine.engine_core.engine_core.step_fn()
     pool = scheduler.kv_cache_manager.block_pool
     used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
-    assert used == 0, f"{used} blocks are still in use"
+    assert used == 0, f"{used} pages are still in use"
     assert not scheduler._clean, f"clean prefixes of {list(scheduler._clean)} are left"
+    assert not scheduler._deepest, f"loops of {list(scheduler._deepest)} are left"
     left = set(runner.loop_requests) - set(scheduler.finished_req_ids)
     assert not left, f"the worker still remembers {sorted(left)}"
 

@@ -14,8 +14,9 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request
 
-from ouro_runtime.engine.cpu.pages import keep_book
+from ouro_runtime.engine.cpu.pages import keep_book, only_loops
 from ouro_runtime.engine.pin import check_parameters
+from ouro_runtime.engine.requests import deepest_loop_of
 from ouro_runtime.engine.scheduler_common import LoopSchedulerMixin
 from ouro_runtime.engine.step_output import StepOutput
 from ouro_runtime.loop.drafts import DraftTrial
@@ -33,14 +34,39 @@ class OuroScheduler(LoopSchedulerMixin, Scheduler):
             self.num_lookahead_tokens = 2 * (self.loop_config.loops - 1)
         self.draft_trial: DraftTrial | None = DraftTrial()
 
+    # ---- pages by loop: ouro_runtime.engine.cpu.pages.Book ------------------------------------
+
     def _guard_cache(self, coordinator: Any) -> None:
-        # By loop, in the managers of the loops' pages.
-        keep_book(coordinator, self, self.loop_config.loops)
+        self._deepest: dict[str, int] = {}
+        keep_book(self.kv_cache_manager, self, self.loop_config.loops)
         self._publish = coordinator.cache_blocks
+
+    def deepest(self, request_id: str) -> int:
+        found = self._deepest.get(request_id)
+        if found is None:
+            request = self.requests[request_id]
+            params, loops = self._exit_params(request), self.loop_config.loops
+            found = deepest_loop_of(request.sampling_params, params, loops)
+            self._deepest[request_id] = found
+        return found
 
     def clean(self, request: Request, loop: int) -> int:
         clean = self._clean.get(request.request_id)
         return request.num_prompt_tokens if clean is None else clean.by_loop[loop]
+
+    def _clean_length(self, request: Request) -> int:
+        return self.clean(request, self.deepest(request.request_id) - 1)
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[Any, int, int, bool]:
+        with only_loops(self.kv_cache_manager.coordinator, self.deepest(request.request_id)):
+            return super()._get_local_prefix_cache_hit(request)
+
+    def _free_request_blocks(self, request: Request) -> None:
+        super()._free_request_blocks(request)
+        if request.is_finished():
+            self._deepest.pop(request.request_id, None)
+
+    # ---- steps --------------------------------------------------------------------------------
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
         super()._update_after_schedule(scheduler_output)
