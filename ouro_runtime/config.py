@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 
-AUTO, LOSSLESS = "auto", "lossless"
-MODES = (AUTO, "skip", "exact", LOSSLESS)
+AUTO, SHARED, LOSSLESS = "auto", "shared", "lossless"
+MODES = (AUTO, "skip", "exact", SHARED, LOSSLESS)
 """Exit modes a request may choose. `auto` is `lossless` where every loop is asked for, else
-`skip`."""
+`skip`; `shared` is `skip` with one K/V for all loops."""
 
 DEPTH_FIELDS = ("exit_threshold", "min_loops", "max_loops", "exit_mode")
 FORCED = "forced_depths"

@@ -19,6 +19,17 @@ class LoopPages:
         self.by_loop = tables
         self.block_size = block_size
 
+    def planes(
+        self, shared: np.ndarray, prompt: np.ndarray, pos: np.ndarray, loop: np.ndarray
+    ) -> np.ndarray:
+        """Whose loop's pages cells use, [N] int64, from 0: their own loop's, but the last one's for
+        what is generated where all loops share them.
+
+        Args:
+            shared: [N] bool. prompt: [N] int64, tokens of the prompt.
+        """
+        return np.where(shared & (pos >= prompt), len(self.by_loop) - 1, loop)
+
     def slots(self, req: np.ndarray, pos: np.ndarray, loop: np.ndarray) -> np.ndarray:
         """Slot mapping [N] int64: where the K and V of cells (request index, position, 0-based
         loop) are written."""

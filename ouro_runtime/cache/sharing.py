@@ -9,7 +9,7 @@ class CleanPrefix:
     the clean prefix of the loops after d for good: what follows is computed from its stand-ins. In
     `exact` mode a position's deeper loops run up to T - 1 passes after its read-out, within the
     step after: so it counts one step late. In `lossless` a token stands once its position has run
-    every loop, whatever the loop it was first known at.
+    every loop, whatever the loop it was first known at. In `shared` no generated position counts.
 
     Args:
         prompt: number of prompt tokens. loops: T. mode: the request's exit mode.
@@ -18,7 +18,7 @@ class CleanPrefix:
     def __init__(self, prompt: int, loops: int, mode: str) -> None:
         self.by_loop = [prompt] * loops
         self._exact, self._lossless = mode == "exact", mode == "lossless"
-        self._open = loops
+        self._open = 0 if mode == "shared" else loops
         self._pending = 0
         self._tokens = 0
 

@@ -16,6 +16,7 @@ from ouro_runtime.config import (
     DEPTH_FIELDS,
     FORCED,
     RETURN_LOOPS,
+    SHARED,
     DepthError,
     LoopConfig,
     check_guesses,
@@ -63,12 +64,13 @@ REQUEST = {
 
 TRANSFER = ("kv_transfer_params", "ec_transfer_params")
 OWN = (*DEPTH_FIELDS, FORCED, RETURN_LOOPS)
+NO_SHARED = "exit_mode 'shared' is not supported on CUDA yet: its pages hold every loop"
 VLLMS = ("kv_cache_report_mode",)
 """Keys of `extra_args`: for connectors, ours, and what vLLM's prefix cache reads."""
 
 
 def check(
-    params: Any, config: LoopConfig, *, resumable: bool, open_args: bool, guesses: bool
+    params: Any, config: LoopConfig, *, resumable: bool, open_args: bool, on_cpu: bool
 ) -> None:
     """Refuse what a request asks for and would not get.
 
@@ -76,7 +78,7 @@ def check(
         params: vLLM's `SamplingParams`. config: the model's loops.
         resumable: whether the prompt may grow while the request runs.
         open_args: whether a logits processor of the user's may read other keys of `extra_args`.
-        guesses: whether the engine can say what each loop would have said.
+        on_cpu: whether it is the CPU engine, which can do more.
 
     Raises:
         DepthError: naming the field.
@@ -96,9 +98,10 @@ def check(
             raise DepthError(str(name), f"unknown field {name!r} in extra_args; known are {known}")
     if extra.get(RETURN_LOOPS) is not None:
         check_guesses(extra[RETURN_LOOPS])
-        if not guesses:
+        if not on_cpu:
             raise DepthError(RETURN_LOOPS, f"{RETURN_LOOPS} is not supported on CUDA yet")
-    config.request(extra)
+    if config.request(extra).exit_mode == SHARED and not on_cpu:
+        raise DepthError("exit_mode", NO_SHARED)
 
 
 def check_lists(kind: str, lists: Mapping[str, str], found: tuple[str, ...]) -> None:

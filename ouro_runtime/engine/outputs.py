@@ -102,7 +102,7 @@ def _validate_requests() -> None:
                 LoopConfig.of(self.vllm_config),
                 resumable=bool(given.get("resumable")),
                 open_args=bool(self.vllm_config.model_config.logits_processors),
-                guesses=current_platform.is_cpu(),
+                on_cpu=current_platform.is_cpu(),
             )
         return process_inputs(self, request_id, prompt, params, *a, **k)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ouro_runtime.config import LOSSLESS, RETURN_LOOPS, ExitParams, LoopConfig
+from ouro_runtime.config import LOSSLESS, RETURN_LOOPS, SHARED, ExitParams, LoopConfig
 from ouro_runtime.engine.guesses import Guesses
 from ouro_runtime.loop.draws import Draws
 from ouro_runtime.loop.limits import deepest_loop, last_readout
@@ -67,6 +67,11 @@ class LoopRequest:
             or getattr(sampling, "thinking_token_budget", None) is not None,
         )
 
+    @property
+    def shared(self) -> bool:
+        """Whether all that is generated has one K/V for all loops."""
+        return self.params.exit_mode == SHARED
+
     @cached_property
     def _forced(self) -> np.ndarray | None:
         depths = self.params.forced_depths
@@ -94,6 +99,7 @@ class LoopRequest:
             forced=self._forced,
             exact=params.exit_mode == "exact",
             lossless=params.exit_mode == LOSSLESS,
+            shared=self.shared,
             drafts=drafts or not params.guided,
             guided=params.guided and params.exit_mode == LOSSLESS,
             seat=self.slot,

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ouro_runtime.config import LOSSLESS, ExitParams
+from ouro_runtime.config import LOSSLESS, SHARED, ExitParams
+from ouro_runtime.loop.rows import Work
 
 
 def last_readout(prompt: int, max_tokens: int, longest: int) -> int:
@@ -22,12 +23,13 @@ def last_readout(prompt: int, max_tokens: int, longest: int) -> int:
 
 
 def deepest_loop(params: ExitParams, loops: int, prompt_logprobs: bool) -> int:
-    """The deepest loop that a request can read K/V of, at its prompt too; T is `loops`.
+    """The deepest loop that a request can read K/V of, at its prompt too; T is `loops`. In `shared`
+    all that is generated reads loop T of the prompt.
 
     Args:
         prompt_logprobs: it asks for log-probabilities of its prompt, which are loop T's.
     """
-    if params.exit_mode == LOSSLESS or prompt_logprobs:
+    if params.exit_mode in (LOSSLESS, SHARED) or prompt_logprobs:
         return loops
     return max(params.forced_depths, default=params.max_loops)
 
@@ -52,3 +54,16 @@ def replayed(
 def forced_place(token: np.ndarray, length: np.ndarray | int) -> np.ndarray:
     """Where token number `token` finds its depth among `length` forced ones: they repeat."""
     return token % np.maximum(length, 1)
+
+
+def depth_limits(work: Sequence[Work], ahead: int) -> tuple[np.ndarray, np.ndarray]:
+    """(least, most) loops, both [R, ahead] int64, of the next tokens of requests."""
+    low, high = (
+        np.repeat(np.array(limits, np.int64)[:, None], ahead, axis=1)
+        for limits in ([w.min_loops for w in work], [w.max_loops for w in work])
+    )
+    for index, w in enumerate(work):
+        if w.forced is not None:
+            token = w.known - w.prompt + np.arange(ahead)
+            low[index] = high[index] = w.forced[forced_place(token, len(w.forced))]
+    return low, high

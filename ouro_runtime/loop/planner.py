@@ -21,7 +21,7 @@ from dataclasses import replace
 import numpy as np
 
 from ouro_runtime.exit.cdf import exit_cdf
-from ouro_runtime.loop.limits import forced_place, replayed
+from ouro_runtime.loop.limits import depth_limits, replayed
 from ouro_runtime.loop.rows import (
     HEAD,
     NOBODY,
@@ -58,6 +58,7 @@ class StepPlan:
         self._last = np.array([w.last for w in work], np.int64)
         self._exact = np.array([w.exact for w in work], bool)
         self._lossless = np.array([w.lossless for w in work], bool)
+        self._shared = np.array([w.shared for w in work], bool)
         self._drafts = np.array([w.drafts and not w.single for w in work], bool)
         self.drafting = bool(self._lossless.any())
         self.guided = np.array([w.guided for w in work], bool)
@@ -65,7 +66,7 @@ class StepPlan:
         self._single = np.array([w.single for w in work], bool)
         self._known = np.array([w.known for w in work], np.int64)
         self._deepest = np.array([w.deepest or loops for w in work], np.int64)
-        self._low, self._high = self._limits(work)
+        self._low, self._high = depth_limits(work, 2 * loops)
         self.rows = self._first_rows(work)
         self.scheduled = int(sum(w.count for w in work))
         self._segments: Segments | None = None
@@ -133,19 +134,6 @@ class StepPlan:
             return
         offset, depths = replayed(w.depths, w.prompt, w.start, w.start + w.count, w.known)
         rows.stop[first + offset : first + offset + len(depths)] = depths
-
-    def _limits(self, work: list[Work]) -> tuple[np.ndarray, np.ndarray]:
-        """(least, most) loops, both [R, 2T] int64, of the tokens that a step may read out."""
-        ahead = np.arange(2 * self.loops)
-        low, high = (
-            np.repeat(np.array(limits, np.int64)[:, None], len(ahead), axis=1)
-            for limits in ([w.min_loops for w in work], [w.max_loops for w in work])
-        )
-        for index, w in enumerate(work):
-            if w.forced is not None:
-                token = w.known - w.prompt + ahead
-                low[index] = high[index] = w.forced[forced_place(token, len(w.forced))]
-        return low, high
 
     def segments(self) -> Segments:
         """The sequences of the next pass."""
@@ -299,7 +287,9 @@ class StepPlan:
         whose token's position starts in the next pass."""
         deeper = out.depth < self._deepest[out.req]
         stays = deeper & (out.tail | (out.exact & ~finished) | ~out.final)
-        starts = ~(finished | out.deferred) if self.passes_left else np.zeros(len(out), bool)
+        # In `shared` a generated position reads loop T of its prompt, at every loop.
+        waits = finished | out.deferred | (self._shared[out.req] & out.tail)
+        starts = ~waits if self.passes_left else np.zeros(len(out), bool)
         if gone is not None:
             # Dropped, or confirmed: its successor is on its way.
             starts &= ~gone[out.rows] & ~out.right(tokens)

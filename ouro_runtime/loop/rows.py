@@ -41,7 +41,7 @@ class Work:
         last: the last position that may be read out (token and length limits).
         threshold, min_loops, max_loops: exit controls; `forced`, if any, [F] depths by token.
         deepest: no position runs a loop after this one, since nobody can read it; 0 for T.
-        exact: K/V mode `exact`; lossless: `lossless`; neither: `skip`.
+        exact: K/V mode `exact`; lossless: `lossless`; shared: `shared`; none of them: `skip`.
         drafts: a lossless request may be drafted in this step.
         guided: where to draft is the `DraftRule`'s to say, not the exit rule's.
         seat: where the `DraftRule` keeps its record of the request.
@@ -62,6 +62,7 @@ class Work:
     forced: np.ndarray | None = None
     exact: bool = False
     lossless: bool = False
+    shared: bool = False
     drafts: bool = False
     guided: bool = False
     seat: int = 0

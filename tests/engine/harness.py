@@ -196,6 +196,7 @@ def assert_idle(llm: LLM) -> None:
     assert used == 0, f"{used} pages are still in use"
     assert not scheduler._clean, f"clean prefixes of {list(scheduler._clean)} are left"
     assert not scheduler._deepest, f"loops of {list(scheduler._deepest)} are left"
+    assert not scheduler._shared, f"modes of {list(scheduler._shared)} are left"
     left = set(runner.loop_requests) - set(scheduler.finished_req_ids)
     assert not left, f"the worker still remembers {sorted(left)}"
 

@@ -149,14 +149,14 @@ def test_a_prompt_that_grows_is_refused() -> None:
 def test_extra_args_that_nobody_reads_are_refused_by_name(extra: dict, named: str) -> None:
     with pytest.raises(DepthError) as caught:
         features.check(
-            SamplingParams(extra_args=extra), CONFIG, resumable=False, open_args=False, guesses=True
+            SamplingParams(extra_args=extra), CONFIG, resumable=False, open_args=False, on_cpu=True
         )
     assert caught.value.param == named and named in str(caught.value)
 
 
 def test_extra_args_of_a_users_logits_processor_pass() -> None:
     params = SamplingParams(extra_args={"target_token": 5})
-    features.check(params, CONFIG, resumable=False, open_args=True, guesses=True)
+    features.check(params, CONFIG, resumable=False, open_args=True, on_cpu=True)
 
 
 def test_every_field_that_vllm_keeps_by_row_is_mapped_or_refused() -> None:

@@ -51,7 +51,7 @@ def test_an_unsupported_feature_is_refused_with_the_reason(feature: str) -> None
         ({"min_loops": 0}, "min_loops"),
         ({"max_loops": 5}, "max_loops"),
         ({"min_loops": 3, "max_loops": 2}, "min_loops"),
-        ({"exit_mode": "shared"}, "exit_mode"),
+        ({"exit_mode": "split"}, "exit_mode"),
         ({"exit_treshold": 0.5}, "exit_treshold"),
     ],
 )

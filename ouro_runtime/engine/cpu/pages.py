@@ -26,6 +26,7 @@ from ouro_runtime.model.loop_cache import LoopSpec
 check_parameters(FullAttentionManager.cache_blocks, "request", "num_tokens", "replay_boundaries")
 check_parameters(FullAttentionManager.get_num_blocks_to_allocate, "request_id", "num_tokens")
 check_parameters(FullAttentionManager.allocate_new_blocks, "request_id", "num_tokens")
+check_parameters(FullAttentionManager._remove_blocks_in_range, "first_block", "last_block")
 check_parameters(KVCacheManager.estimate_cached_tokens, "request")
 
 
@@ -34,6 +35,9 @@ class Book(Protocol):
 
     def deepest(self, request_id: str) -> int:
         """The deepest loop, from 1, that any position of a request runs."""
+
+    def held(self, request_id: str, loop: int, num_tokens: int) -> int:
+        """Of the first positions of a request, how many need a place at `loop`, from 0."""
 
     def clean(self, request: Request, loop: int) -> int:
         """Leading positions of a request whose K/V at `loop`, from 0, may be shared."""
@@ -46,8 +50,7 @@ class LoopManager(FullAttentionManager):
     book: Book
 
     def _held(self, request_id: str, num_tokens: int) -> int:
-        """Of the first positions of a request, how many need a place at this loop."""
-        return num_tokens if self.kv_cache_spec.loop < self.book.deepest(request_id) else 0
+        return self.book.held(request_id, self.kv_cache_spec.loop, num_tokens)
 
     def get_num_blocks_to_allocate(
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
@@ -62,6 +65,11 @@ class LoopManager(FullAttentionManager):
         clean = self.book.clean(request, self.kv_cache_spec.loop)
         held = self._held(request.request_id, min(num_tokens, clean))
         super().cache_blocks(request, held, *args, **kwargs)
+
+    def let_go(self, request_id: str) -> None:
+        """Free a running request's pages; the prefix cache may offer them as before."""
+        held = len(self.req_to_blocks.get(request_id, ()))
+        self._remove_blocks_in_range(request_id, 0, held)
 
 
 # vLLM registers its own only while there are none.

@@ -58,6 +58,8 @@ class CPUStep:
         self.model, self.requests, self.sampler = model, requests, sampler
         self.pages, self.stand_ins, self.metadata_builder = pages, stand_ins, metadata_builder
         self.adapters, self.adapter_ids = adapters, adapter_ids
+        self.shared = np.array([request.shared for request in requests], bool)
+        self.prompts = np.array([request.prompt for request in requests], np.int64)
         self.slots = np.array([request.slot for request in requests], np.int64)
         self.asked = np.array([request.guesses is not None for request in requests], bool)
         self.seconds = dict.fromkeys(PARTS, 0.0)
@@ -122,7 +124,12 @@ class CPUStep:
         with self._timed("metadata"):
             if self.adapters is not None:
                 self.adapters.place(self.adapter_ids[rows.req])
-            slots = torch.from_numpy(self.pages.slots(rows.req, rows.pos, rows.loop))
+            planes, of_segment = rows.loop, segments.loop
+            if self.shared.any():
+                shared, prompts = self.shared[rows.req], self.prompts[rows.req]
+                planes = self.pages.planes(shared, prompts, rows.pos, rows.loop)
+                of_segment = planes[segments.first[:-1]]
+            slots = torch.from_numpy(self.pages.slots(rows.req, rows.pos, planes))
             longest = int(segments.seq_len.max())
             first = torch.from_numpy(segments.first)
             metadata = self.metadata_builder.build(
@@ -136,7 +143,7 @@ class CPUStep:
                     max_query_len=segments.max_query,
                     max_seq_len=longest,
                     block_table_tensor=torch.from_numpy(
-                        self.pages.tables(segments.req, segments.loop, longest)
+                        self.pages.tables(segments.req, of_segment, longest)
                     ),
                     slot_mapping=slots,
                     causal=True,
@@ -199,4 +206,5 @@ class CPUStep:
         return np.array([token in self.requests[index].stops for index, token in pairs], bool)
 
     def stand_in(self, left: Left) -> None:
-        self.stand_ins.owe(self.slots[left.req], left.pos, left.depth)
+        owes = ~self.shared[left.req]
+        self.stand_ins.owe(self.slots[left.req[owes]], left.pos[owes], left.depth[owes])
