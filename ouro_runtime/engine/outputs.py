@@ -44,8 +44,10 @@ def pack_report(report: StepReport) -> EngineCoreOutput:
     numbers = [
         report.tokens,
         len(report.pass_rows),
-        *(round(1e6 * report.seconds[part]) for part in PARTS),
+        len(report.kv_pages),
+        *(round(1e6 * report.seconds.get(part, 0.0)) for part in PARTS),
         *report.pass_rows,
+        *report.kv_pages,
         *report.rows_by_loop,
     ]
     return EngineCoreOutput(REPORT_ID, [], routed_experts=np.array(numbers, np.int64))
@@ -53,11 +55,12 @@ def pack_report(report: StepReport) -> EngineCoreOutput:
 
 def unpack_report(numbers: np.ndarray) -> StepReport:
     """The inverse of `pack_report`, with times to a microsecond."""
-    tokens, passes, *rest = numbers.tolist()
+    tokens, passes, loops, *rest = numbers.tolist()
     micros, rest = rest[: len(PARTS)], rest[len(PARTS) :]
     return StepReport(
         pass_rows=rest[:passes],
-        rows_by_loop=rest[passes:],
+        kv_pages=rest[passes : passes + loops],
+        rows_by_loop=rest[passes + loops :],
         tokens=tokens,
         seconds={part: 1e-6 * value for part, value in zip(PARTS, micros, strict=True)},
     )

@@ -23,6 +23,7 @@ from ouro_runtime.engine.config_hook import NO_CONNECTORS, UnsupportedError
 from ouro_runtime.engine.outputs import pack_report
 from ouro_runtime.engine.pin import check_parameters
 from ouro_runtime.engine.step_output import StepOutput
+from ouro_runtime.reports import StepReport
 
 check_parameters(KVCacheCoordinator.cache_blocks, "request", "num_computed_tokens")
 check_parameters(Scheduler.update_from_output, "scheduler_output", "model_runner_output")
@@ -105,13 +106,13 @@ class LoopSchedulerMixin:
                 if tokens:
                     output.routed_experts = step.notes[output.request_id][:tokens]
 
-    def _send_report(self, result: dict[int, EngineCoreOutputs], step: StepOutput) -> None:
+    def _send_report(self, result: dict[int, EngineCoreOutputs], report: StepReport) -> None:
         if not self.log_stats:
             return
         outputs = next(iter(result.values()), None)
         if outputs is None:
             outputs = result[0] = EngineCoreOutputs()
-        outputs.outputs.append(pack_report(step.report))
+        outputs.outputs.append(pack_report(report))
 
     def _free_request_blocks(self, request: Request) -> None:
         # Also called on preemption: positions computed again keep their depths, so the clean

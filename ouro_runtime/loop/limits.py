@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ouro_runtime.config import LOSSLESS, SHARED, ExitParams
+from ouro_runtime.config import LOSSLESS, MODES, SHARED, ExitParams
 from ouro_runtime.loop.rows import Work
 
 
@@ -32,6 +32,17 @@ def deepest_loop(params: ExitParams, loops: int, prompt_logprobs: bool) -> int:
     if params.exit_mode in (LOSSLESS, SHARED) or prompt_logprobs:
         return loops
     return max(params.forced_depths, default=params.max_loops)
+
+
+def pages_per_token(loops: int, by_loop: bool) -> dict[str, int]:
+    """Loops whose K/V a generated position holds, by each mode that is served, of requests that may
+    go to loop T.
+
+    Args:
+        loops: T. by_loop: whether pages are allocated by loop; else each position has all T.
+    """
+    modes = [mode for mode in MODES if by_loop or mode != SHARED]
+    return {mode: 1 if mode == SHARED else loops for mode in modes}
 
 
 def replayed(

@@ -14,6 +14,7 @@ from vllm import LLM, SamplingParams
 from vllm.outputs import CompletionOutput
 from vllm.platforms.cpu import CpuPlatform
 
+from ouro_runtime.engine.cpu.pages import pages_held
 from ouro_runtime.plugin import register
 
 BLOCK = 32
@@ -177,11 +178,7 @@ def runner_of(llm: LLM) -> Any:
 
 def pages_by_loop(llm: LLM) -> list[int]:
     """How many pages requests hold, by loop."""
-    managers = scheduler_of(llm).kv_cache_manager.coordinator.single_type_managers
-    return [
-        sum(not page.is_null for pages in manager.req_to_blocks.values() for page in pages)
-        for manager in managers
-    ]
+    return pages_held(scheduler_of(llm).kv_cache_manager)
 
 
 def assert_idle(llm: LLM) -> None:

@@ -60,7 +60,8 @@ def test_depth_shows_everything_a_client_may_ask_for(client: TestClient) -> None
         "object": "depth",
         "model": "m",
         "loops": 4,
-        "modes": ["auto", "skip", "exact", "lossless"],
+        "modes": ["auto", "skip", "exact", "shared", "lossless"],
+        "pages_per_token": {"auto": 4, "skip": 4, "exact": 4, "shared": 1, "lossless": 4},
         "drafts": True,
         "defaults": {"exit_threshold": 1.0, "min_loops": 1, "max_loops": 4, "exit_mode": "skip"},
         "presets": {

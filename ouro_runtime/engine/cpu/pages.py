@@ -114,6 +114,14 @@ def only_loops(coordinator: Any, deepest: int) -> Iterator[None]:
         coordinator.attention_groups = every
 
 
+def pages_held(manager: KVCacheManager) -> list[int]:
+    """Pages that requests hold, by loop."""
+    return [
+        len({p.block_id for pages in loop.req_to_blocks.values() for p in pages if not p.is_null})
+        for loop in manager.coordinator.single_type_managers
+    ]
+
+
 def join_tables(tables: MultiGroupBlockTable) -> np.ndarray:
     """[T, R, B] int32: the block tables of the groups, which are parts of it from now on.
 

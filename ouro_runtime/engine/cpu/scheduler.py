@@ -8,6 +8,7 @@ drafts have in flight.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,12 +17,16 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
 from ouro_runtime.config import SHARED
-from ouro_runtime.engine.cpu.pages import keep_book, only_loops
+from ouro_runtime.engine.cpu.pages import keep_book, only_loops, pages_held
 from ouro_runtime.engine.pin import check_parameters
 from ouro_runtime.engine.requests import deepest_loop_of
 from ouro_runtime.engine.scheduler_common import LoopSchedulerMixin
 from ouro_runtime.engine.step_output import StepOutput
 from ouro_runtime.loop.drafts import DraftTrial
+from ouro_runtime.reports import StepReport
+
+COUNT_SECONDS = 1.0
+"""Between two counts of the pages that requests hold."""
 
 check_parameters(Scheduler._update_after_schedule, "scheduler_output")
 check_parameters(
@@ -47,6 +52,7 @@ class OuroScheduler(LoopSchedulerMixin, Scheduler):
     # ---- pages by loop: ouro_runtime.engine.cpu.pages.Book ------------------------------------
 
     def _guard_cache(self, coordinator: Any) -> None:
+        self._counted = 0.0
         self._deepest: dict[str, int] = {}
         self._shared: dict[str, bool] = {}
         keep_book(self.kv_cache_manager, self, self.loop_config.loops)
@@ -139,6 +145,8 @@ class OuroScheduler(LoopSchedulerMixin, Scheduler):
         scheduled = scheduler_output.num_scheduled_tokens
         if step is None:
             self._let_go(scheduled)
+            if not self.requests:
+                self._report_pages(result, StepReport())
             return result
         decoding = len(at_head) == len(scheduled) == sum(scheduled.values())
         if self.draft_trial is not None and step.guided and decoding:
@@ -151,5 +159,15 @@ class OuroScheduler(LoopSchedulerMixin, Scheduler):
                 request.num_computed_tokens += len(depths) - 1
                 self._advance_clean(request, depths, request.num_computed_tokens)
         self._let_go(scheduled)
-        self._send_report(result, step)
+        self._report_pages(result, step.report)
         return result
+
+    def _report_pages(self, result: dict[int, EngineCoreOutputs], report: StepReport) -> None:
+        """Send what a step did, now and then with the pages held, and always when none are left."""
+        if not self.log_stats:
+            return
+        now = time.monotonic()
+        if now - self._counted >= COUNT_SECONDS or not self.requests:
+            self._counted = now
+            report.kv_pages = pages_held(self.kv_cache_manager)
+        self._send_report(result, report)
