@@ -29,6 +29,7 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
 from ouro_runtime.config import LoopConfig
 from ouro_runtime.engine import features, guesses
+from ouro_runtime.engine.admission import hold_to_pool
 from ouro_runtime.engine.pin import SeamError, check_parameters
 from ouro_runtime.engine.step_output import COUNTS, unpack_cdf
 from ouro_runtime.pace import Pace
@@ -107,7 +108,12 @@ def _validate_requests() -> None:
                 open_args=bool(self.vllm_config.model_config.logits_processors),
                 on_cpu=current_platform.is_cpu(),
             )
-        return process_inputs(self, request_id, prompt, params, *a, **k)
+        request = process_inputs(self, request_id, prompt, params, *a, **k)
+        if is_ouro(self.vllm_config) and current_platform.is_cpu():
+            config, parallel = self.vllm_config, self.vllm_config.parallel_config
+            engines = parallel.data_parallel_size
+            hold_to_pool(request, LoopConfig.of(config), config.cache_config, engines)
+        return request
 
     InputProcessor.process_inputs = checked
 

@@ -25,6 +25,7 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
         }
     },
     "--fully-sharded-loras": {"enable_lora": True, "fully_sharded_loras": True},
+    "fp8 K/V on CPU": {"kv_cache_dtype": "fp8"},
     "prompt embeddings": {"enable_prompt_embeds": True},
     "K/V transfer": {
         "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
