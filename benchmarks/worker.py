@@ -43,6 +43,7 @@ class Worker:
             max_model_len=options.max_model_len,
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
+            num_gpu_blocks_override=options.pages,
             enable_prefix_caching=False,
             disable_log_stats=True,
             seed=0,
@@ -74,7 +75,13 @@ class Worker:
             if depths is not None:
                 depths[answer.request_id] = list(getattr(out, "depths", ()))
 
-    def generate(self, prompts: list[list[int]], tokens: int, extra: list[Any]) -> dict[str, Any]:
+    def generate(
+        self,
+        prompts: list[list[int]],
+        tokens: int,
+        extra: list[Any],
+        prompt_logprobs: int | None = None,
+    ) -> dict[str, Any]:
         """Tokens and depths of a batch."""
         from vllm import SamplingParams
 
@@ -82,7 +89,11 @@ class Worker:
             [{"prompt_token_ids": prompt} for prompt in prompts],
             [
                 SamplingParams(
-                    temperature=0.0, max_tokens=tokens, ignore_eos=True, extra_args=fields
+                    temperature=0.0,
+                    max_tokens=tokens,
+                    ignore_eos=True,
+                    extra_args=fields,
+                    prompt_logprobs=prompt_logprobs,
                 )
                 for fields in extra
             ],
@@ -111,6 +122,40 @@ class Worker:
             "rate": (produced - before) / (ended - started),
             "overall": produced / (ended - began),
         }
+
+    def fill(
+        self, prompts: list[list[int]], tokens: int, steps: int, extra: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Start requests until one has to wait for room, then decode for so many steps.
+
+        Args:
+            prompts: more than fit. tokens: of each request, more than it gets to generate.
+
+        Returns:
+            Requests that run at once, the pages they hold by loop, and the tokens per second of
+            the whole batch; our engine only.
+        """
+        from ouro_runtime.engine.cpu.pages import pages_held
+
+        scheduler = self.engine.engine_core.engine_core.scheduler
+        progress: dict[str, int] = {}
+        names = [self._add(prompt, tokens, extra) for prompt in prompts]
+        running = -1
+        while not running == len(scheduler.running) == len(progress):
+            running = len(scheduler.running)
+            self._step(progress)
+        assert scheduler.waiting, "every request found room: ask for more"
+        began, before = time.perf_counter(), sum(progress.values())
+        for _ in range(steps):
+            self._step(progress)
+        seconds = time.perf_counter() - began
+        assert len(scheduler.running) == running, "somebody was preempted, or came in late"
+        produced = sum(progress.values()) - before
+        pages = pages_held(scheduler.kv_cache_manager)
+        self.engine.abort_request(names)
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+        return {"requests": running, "pages": pages, "rate": produced / seconds}
 
     def watch(
         self, prompts: list[list[int]], tokens: int, extra: list[Any], watched: list[int]
@@ -190,7 +235,7 @@ class Worker:
         }
 
 
-COMMANDS = ("generate", "decode", "watch", "profile", "read_out", "describe")
+COMMANDS = ("generate", "decode", "fill", "watch", "profile", "read_out", "describe")
 
 
 def main() -> None:
@@ -202,6 +247,7 @@ def main() -> None:
     parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--max-num-batched-tokens", type=int, default=4096)
+    parser.add_argument("--pages", type=int, help="pages of the K/V pool")
     options = parser.parse_args()
     # Replies own stdout; whatever else is printed goes to stderr.
     replies = os.fdopen(os.dup(1), "w")

@@ -13,10 +13,10 @@ from typing import Any
 
 from ouro_runtime.checkpoint_config import check_config, is_integer, is_number
 
-AUTO, LOSSLESS = "auto", "lossless"
-MODES = (AUTO, "skip", "exact", LOSSLESS)
+AUTO, SHARED, LOSSLESS = "auto", "shared", "lossless"
+MODES = (AUTO, "skip", "exact", SHARED, LOSSLESS)
 """Exit modes a request may choose. `auto` is `lossless` where every loop is asked for, else
-`skip`."""
+`skip`; `shared` is `skip` with one K/V for all loops."""
 
 GATE, MARGIN, DELTA = "gate", "margin", "delta"
 RULES: Mapping[str, tuple[float, float]] = {GATE: (1.0, 1.0), MARGIN: (1.0, 1.0), DELTA: (2.0, 0.0)}

@@ -6,7 +6,7 @@ vLLM's `/metrics` exports it.
 
 from collections.abc import Sequence
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from ouro_runtime.reports import DepthReport, Finished, StepReport
 
@@ -88,14 +88,23 @@ class DepthMetrics:
             registry=registry,
         )
         self.time_per_token = [time_per_token.labels(model_name, number) for number in numbers]
+        pages = Gauge(
+            PREFIX + "kv_pages",
+            "K/V pages that requests hold, by loop; one that several share counts once.",
+            [*label, "loop"],
+            registry=registry,
+            multiprocess_mode="mostrecent",
+        )
+        self.kv_pages = [pages.labels(model_name, number) for number in numbers]
+        self._kv_pages: dict[int, list[int]] = {}
         self.cells = counters("cells", "Cells (one position at one loop) run, by loop.", "loop")
         self.pass_rows = histogram("pass_rows", "Cells in one pass.", STEP_BUCKETS)
         self.step_tokens = histogram(
             "step_tokens", "Tokens sampled in one engine step.", STEP_BUCKETS
         )
 
-    def record(self, report: DepthReport) -> None:
-        """Count what one engine iteration brought."""
+    def record(self, report: DepthReport, engine: int = 0) -> None:
+        """Count what one iteration of an engine brought; pages are those of all engines."""
         for depth in report.depths:
             self.tokens[depth - 1].inc()
         loops_run = sum(report.loops_run)
@@ -110,6 +119,11 @@ class DepthMetrics:
             self._record_finished(request)
         for step in report.steps:
             self._record_step(step)
+            if step.kv_pages:
+                self._kv_pages[engine] = step.kv_pages
+                held = zip(*self._kv_pages.values(), strict=True)
+                for gauge, pages in zip(self.kv_pages, held, strict=True):
+                    gauge.set(sum(pages))
 
     def _record_finished(self, request: Finished) -> None:
         if request.tokens == 0:
@@ -124,4 +138,5 @@ class DepthMetrics:
             self.pass_rows.observe(rows)
         for cells, rows in zip(self.cells, step.rows_by_loop, strict=False):
             cells.inc(rows)
-        self.step_tokens.observe(step.tokens)
+        if step.pass_rows:
+            self.step_tokens.observe(step.tokens)

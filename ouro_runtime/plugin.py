@@ -25,7 +25,7 @@ def register() -> None:
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
     from ouro_runtime.checkpoint_config import OuroConfig
-    from ouro_runtime.engine import config_hook, core_process, outputs
+    from ouro_runtime.engine import admission, config_hook, core_process, outputs
     from ouro_runtime.engine.cpu import kernel_scan, registry
 
     _CONFIG_REGISTRY["ouro"] = OuroConfig
@@ -35,5 +35,6 @@ def register() -> None:
     config_hook.install()
     if current_platform.is_cpu():
         kernel_scan.install()
+        admission.install()
     core_process.install()
     outputs.install()

@@ -17,12 +17,14 @@ class StepReport:
     Attributes:
         pass_rows: rows (cells) of each pass, in order; at most T entries.
         rows_by_loop: entry t: cells run at loop t + 1.
+        kv_pages: entry t: K/V pages that requests hold at loop t + 1; empty on CUDA.
         tokens: tokens sampled in the step.
         seconds: wall time of the passes by part (`PARTS`).
     """
 
     pass_rows: list[int] = field(default_factory=list)
     rows_by_loop: list[int] = field(default_factory=list)
+    kv_pages: list[int] = field(default_factory=list)
     tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 

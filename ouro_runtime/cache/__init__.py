@@ -1,1 +1,1 @@
-"""K/V memory of loops: loop-interleaved pages, stand-in K/V, and what may be shared."""
+"""K/V memory of loops: pages by loop, stand-in K/V, and what may be shared."""

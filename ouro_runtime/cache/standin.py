@@ -89,7 +89,7 @@ def fill(pages, places, debts):  # pragma: no cover (compiled)
 
 
 @compiled
-def _due(depths, filled, slot, loop, limit, table, row, loops, block_size):  # pragma: no cover
+def _due(depths, filled, slot, loop, limit, tables, row, block_size):  # pragma: no cover
     """`StandIns.due`, compiled."""
     most = 0
     for s in range(slot.shape[0]):
@@ -101,8 +101,10 @@ def _due(depths, filled, slot, loop, limit, table, row, loops, block_size):  # p
         for position in range(done, limit[s]):
             depth = depths[slot[s], position]
             if 0 < depth <= loop[s]:
-                page = np.int64(table[row[s], position // block_size]) * loops
-                debts[owed] = (page + depth - 1, page + loop[s], position % block_size)
+                block = position // block_size
+                debts[owed, 0] = tables[depth - 1, row[s], block]
+                debts[owed, 1] = tables[loop[s], row[s], block]
+                debts[owed, 2] = position % block_size
                 owed += 1
         filled[slot[s], loop[s]] = max(done, limit[s])
     return debts[:owed]
@@ -116,13 +118,13 @@ class StandIns:
     """
 
     def __init__(self, loops: int, positions: int, block_size: int) -> None:
-        self._loops, self._block_size = loops, block_size
+        self._block_size = block_size
         # By request slot: the depth of positions in debt, else 0; how far each loop is paid.
         self._depths = np.zeros((1, positions), np.uint8)
         self._filled = np.zeros((1, loops), np.int64)
         self._free = [0]
         none = np.zeros(0, np.int64)
-        self.due(none, none, none, np.zeros((0, 1), np.int32), none)  # compiles
+        self.due(none, none, none, np.zeros((loops, 0, 1), np.int32), none)  # compiles
 
     def open(self, prompt: int) -> int:
         """A slot for a request whose `prompt` positions will owe nothing."""
@@ -154,7 +156,7 @@ class StandIns:
         slot: np.ndarray,
         loop: np.ndarray,
         limit: np.ndarray,
-        table: np.ndarray,
+        tables: np.ndarray,
         row: np.ndarray,
     ) -> np.ndarray:
         """What must be filled before cells run, and counts as paid from now on.
@@ -162,7 +164,7 @@ class StandIns:
         Args:
             slot: [S] int64, request slots. loop: [S] int64, 0-based, the loop the cells run.
             limit: [S] int64, positions before this one are read.
-            table: [R, B] int32, logical blocks. row: [S] int64, the requests' rows of it.
+            tables: [T, R, B] int32, pages by loop. row: [S] int64, the requests' rows of them.
 
         Returns:
             [D, 3] int64: the page that holds a position's K/V, the page to fill, and the position's
@@ -174,8 +176,7 @@ class StandIns:
             slot,
             loop,
             limit,
-            table,
+            tables,
             row,
-            self._loops,
             self._block_size,
         )

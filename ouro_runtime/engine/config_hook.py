@@ -9,7 +9,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 from vllm.platforms import current_platform
 
 from ouro_runtime.checkpoint_config import check_config
-from ouro_runtime.config import GATE, LoopConfig
+from ouro_runtime.config import GATE, SHARED, LoopConfig
 
 SCHEDULER = "ouro_runtime.engine.cpu.scheduler.OuroScheduler"
 CPU_WORKER = "ouro_runtime.engine.cpu.worker.OuroCPUWorker"
@@ -21,7 +21,7 @@ CPU_BLOCK_SIZE = 32
 
 
 NO_CONNECTORS = (
-    "K/V transfer: connectors (offloading included) do not know loop-interleaved pages, nor which "
+    "K/V transfer: connectors (offloading included) do not know pages by loop, nor which "
     "positions have K/V that may be shared"
 )
 
@@ -142,19 +142,31 @@ def refuse(vllm_config: Any) -> None:
         ),
         (
             parallel.decode_context_parallel_size > 1,
-            "decode context parallelism: loop-interleaved pages are not sharded over positions",
+            "decode context parallelism: pages by loop are not sharded over positions",
         ),
         (
             parallel.prefill_context_parallel_size > 1,
-            "prefill context parallelism: loop-interleaved pages are not sharded over positions",
+            "prefill context parallelism: pages by loop are not sharded over positions",
         ),
         (
             parallel.enable_dbo,
             "dual-batch overlap: the passes of a step depend on each other",
         ),
         (
+            not current_platform.is_cpu()
+            and LoopConfig.of(vllm_config).defaults.exit_mode == SHARED,
+            "--exit-mode shared on CUDA yet: its pages hold every loop",
+        ),
+        (
             current_platform.is_cpu() and scheduler.async_scheduling is True,
             "asynchronous scheduling: how many tokens a step yields is known only after it",
+        ),
+        (
+            current_platform.is_cpu() and cache.cache_dtype.startswith("fp8"),
+            (
+                "fp8 K/V on CPU: stand-ins are moved as raw elements, whose places in a page are "
+                "found by numbers that 8 bits do not hold"
+            ),
         ),
         (
             cache.kv_sharing_fast_prefill,

@@ -18,6 +18,7 @@ from ouro_runtime.config import (
     GATE,
     RETURN_LOOPS,
     RULE,
+    SHARED,
     DepthError,
     LoopConfig,
     check_guesses,
@@ -65,12 +66,13 @@ REQUEST = {
 
 TRANSFER = ("kv_transfer_params", "ec_transfer_params")
 OWN = (*DEPTH_FIELDS, FORCED, RETURN_LOOPS)
+NO_SHARED = "exit_mode 'shared' is not supported on CUDA yet: its pages hold every loop"
 VLLMS = ("kv_cache_report_mode",)
 """Keys of `extra_args`: for connectors, ours, and what vLLM's prefix cache reads."""
 
 
 def check(
-    params: Any, config: LoopConfig, *, resumable: bool, open_args: bool, reads_loops: bool
+    params: Any, config: LoopConfig, *, resumable: bool, open_args: bool, on_cpu: bool
 ) -> None:
     """Refuse what a request asks for and would not get.
 
@@ -78,8 +80,8 @@ def check(
         params: vLLM's `SamplingParams`. config: the model's loops.
         resumable: whether the prompt may grow while the request runs.
         open_args: whether a logits processor of the user's may read other keys of `extra_args`.
-        reads_loops: whether the engine can read out, or compare, what each loop left: not on CUDA,
-            where nothing comes back between two passes.
+        on_cpu: whether it is the CPU engine, which reads out what each loop left, and has pages by
+            loop; on CUDA nothing comes back between two passes.
 
     Raises:
         DepthError: naming the field.
@@ -99,11 +101,14 @@ def check(
             raise DepthError(str(name), f"unknown field {name!r} in extra_args; known are {known}")
     if extra.get(RETURN_LOOPS) is not None:
         check_guesses(extra[RETURN_LOOPS])
-        if not reads_loops:
+        if not on_cpu:
             raise DepthError(RETURN_LOOPS, f"{RETURN_LOOPS} is not supported on CUDA yet")
-    rule = config.request(extra).exit_rule
-    if rule != GATE and not reads_loops:
-        raise DepthError(RULE, f"{RULE} {rule!r} is not supported on CUDA yet, only {GATE!r}")
+    asked = config.request(extra)
+    if asked.exit_rule != GATE and not on_cpu:
+        text = f"{RULE} {asked.exit_rule!r} is not supported on CUDA yet, only {GATE!r}"
+        raise DepthError(RULE, text)
+    if asked.exit_mode == SHARED and not on_cpu:
+        raise DepthError("exit_mode", NO_SHARED)
 
 
 def check_lists(kind: str, lists: Mapping[str, str], found: tuple[str, ...]) -> None:

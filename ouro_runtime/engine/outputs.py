@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 from vllm.v1.engine import EngineCoreOutput
@@ -28,7 +29,7 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
 from ouro_runtime.config import LoopConfig
 from ouro_runtime.engine import features, guesses
-from ouro_runtime.engine.config_hook import reads_loops
+from ouro_runtime.engine.admission import hold_to_pool
 from ouro_runtime.engine.pin import SeamError, check_parameters
 from ouro_runtime.engine.step_output import COUNTS, unpack_cdf
 from ouro_runtime.pace import Pace
@@ -46,8 +47,10 @@ def pack_report(report: StepReport) -> EngineCoreOutput:
     numbers = [
         report.tokens,
         len(report.pass_rows),
-        *(round(1e6 * report.seconds[part]) for part in PARTS),
+        len(report.kv_pages),
+        *(round(1e6 * report.seconds.get(part, 0.0)) for part in PARTS),
         *report.pass_rows,
+        *report.kv_pages,
         *report.rows_by_loop,
     ]
     return EngineCoreOutput(REPORT_ID, [], routed_experts=np.array(numbers, np.int64))
@@ -55,11 +58,12 @@ def pack_report(report: StepReport) -> EngineCoreOutput:
 
 def unpack_report(numbers: np.ndarray) -> StepReport:
     """The inverse of `pack_report`, with times to a microsecond."""
-    tokens, passes, *rest = numbers.tolist()
+    tokens, passes, loops, *rest = numbers.tolist()
     micros, rest = rest[: len(PARTS)], rest[len(PARTS) :]
     return StepReport(
         pass_rows=rest[:passes],
-        rows_by_loop=rest[passes:],
+        kv_pages=rest[passes : passes + loops],
+        rows_by_loop=rest[passes + loops :],
         tokens=tokens,
         seconds={part: 1e-6 * value for part, value in zip(PARTS, micros, strict=True)},
     )
@@ -104,9 +108,14 @@ def _validate_requests() -> None:
                 LoopConfig.of(self.vllm_config),
                 resumable=bool(given.get("resumable")),
                 open_args=bool(self.vllm_config.model_config.logits_processors),
-                reads_loops=reads_loops(),
+                on_cpu=current_platform.is_cpu(),
             )
-        return process_inputs(self, request_id, prompt, params, *a, **k)
+        request = process_inputs(self, request_id, prompt, params, *a, **k)
+        if is_ouro(self.vllm_config) and current_platform.is_cpu():
+            config, parallel = self.vllm_config, self.vllm_config.parallel_config
+            engines = parallel.data_parallel_size
+            hold_to_pool(request, LoopConfig.of(config), config.cache_config, engines)
+        return request
 
     InputProcessor.process_inputs = checked
 

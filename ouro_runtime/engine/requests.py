@@ -12,13 +12,20 @@ from ouro_runtime.config import (
     LOSSLESS,
     MARGIN,
     RETURN_LOOPS,
+    SHARED,
     ExitParams,
     LoopConfig,
 )
 from ouro_runtime.engine.guesses import Guesses
 from ouro_runtime.loop.draws import Draws
-from ouro_runtime.loop.limits import last_readout
+from ouro_runtime.loop.limits import deepest_loop, last_readout
 from ouro_runtime.loop.rows import Carried, Work
+
+
+def deepest_loop_of(sampling: Any, params: ExitParams, loops: int) -> int:
+    """`deepest_loop` of vLLM's SamplingParams, the same for scheduler and worker."""
+    asked = sampling.prompt_logprobs, sampling.prompt_logprob_token_ids
+    return deepest_loop(params, loops, any(value is not None for value in asked))
 
 
 @dataclass
@@ -28,6 +35,7 @@ class LoopRequest:
     Attributes:
         params: depth controls. stops: token ids that end the request.
         max_tokens: limit on generated tokens. prompt: prompt tokens.
+        deepest: the deepest loop that any of its positions runs.
         single: one token per step (a grammar or a thinking budget needs the host in between).
         depths: depth of each token read out so far. carried: rows left over from the last step.
         slot: where the CPU runner accounts for its stand-ins (`cache/standin.py`).
@@ -41,6 +49,7 @@ class LoopRequest:
     max_tokens: int
     prompt: int
     single: bool
+    deepest: int
     depths: list[int] = field(default_factory=list)
     carried: list[Carried] = field(default_factory=list)
     slot: int = -1
@@ -55,15 +64,22 @@ class LoopRequest:
         if sampling.eos_token_id is not None:
             stops.add(sampling.eos_token_id)
         most = (sampling.extra_args or {}).get(RETURN_LOOPS)
+        params = config.request(sampling.extra_args)
         return cls(
             guesses=None if most is None else Guesses(most, config.loops),
-            params=config.request(sampling.extra_args),
+            params=params,
+            deepest=deepest_loop_of(sampling, params, config.loops),
             stops=frozenset(stops),
             max_tokens=sampling.max_tokens,
             prompt=prompt,
             single=sampling.structured_outputs is not None
             or getattr(sampling, "thinking_token_budget", None) is not None,
         )
+
+    @property
+    def shared(self) -> bool:
+        """Whether all that is generated has one K/V for all loops."""
+        return self.params.exit_mode == SHARED
 
     @cached_property
     def _forced(self) -> np.ndarray | None:
@@ -91,9 +107,11 @@ class LoopRequest:
             delta=0.0 if guided else params.threshold_of(DELTA),
             min_loops=params.min_loops,
             max_loops=params.max_loops,
+            deepest=self.deepest,
             forced=self._forced,
             exact=params.exit_mode == "exact",
             lossless=params.exit_mode == LOSSLESS,
+            shared=self.shared,
             drafts=drafts or not params.guided,
             guided=guided,
             seat=self.slot,

@@ -23,12 +23,13 @@ from ouro_runtime.engine.config_hook import NO_CONNECTORS, UnsupportedError
 from ouro_runtime.engine.outputs import pack_report
 from ouro_runtime.engine.pin import check_parameters
 from ouro_runtime.engine.step_output import StepOutput
+from ouro_runtime.reports import StepReport
 
 check_parameters(KVCacheCoordinator.cache_blocks, "request", "num_computed_tokens")
 check_parameters(Scheduler.update_from_output, "scheduler_output", "model_runner_output")
 check_parameters(Scheduler._free_request_blocks, "request")
 check_parameters(Scheduler._get_local_prefix_cache_hit, "request")
-check_parameters(KVCacheManager.truncate_computed_blocks, "blocks", "num_computed_tokens")
+check_parameters(KVCacheManager.create_kv_cache_blocks, "blocks")
 
 
 class LoopSchedulerMixin:
@@ -49,7 +50,10 @@ class LoopSchedulerMixin:
         assert self.num_lookahead_tokens == 0, "another feature claims the lookahead slots"
         self.num_lookahead_tokens = self.loop_config.loops - 1
         self._clean: dict[str, CleanPrefix] = {}
-        coordinator = self.kv_cache_manager.coordinator
+        self._guard_cache(self.kv_cache_manager.coordinator)
+
+    def _guard_cache(self, coordinator: Any) -> None:
+        """Let the prefix cache be offered nothing past a clean prefix."""
         self._publish = coordinator.cache_blocks
         coordinator.cache_blocks = self._publish_clean
 
@@ -73,9 +77,11 @@ class LoopSchedulerMixin:
         would bring true K/V where its tokens were made from stand-ins, and other tokens from there.
         """
         blocks, hit, *rest = super()._get_local_prefix_cache_hit(request)  # type: ignore[misc]
-        limit = self._clean_length(request) // self.block_size * self.block_size
-        if hit > limit:
-            blocks, hit = self.kv_cache_manager.truncate_computed_blocks(blocks, limit), limit
+        limit = self._clean_length(request) // self.block_size
+        if hit > limit * self.block_size:
+            shorter = tuple(list(group[:limit]) for group in blocks.blocks)
+            blocks = self.kv_cache_manager.create_kv_cache_blocks(shorter)
+            hit = limit * self.block_size
         return blocks, hit, *rest
 
     def _advance_clean(self, request: Request, depths: list[int], written: int) -> None:
@@ -100,13 +106,13 @@ class LoopSchedulerMixin:
                 if tokens:
                     output.routed_experts = step.notes[output.request_id][:tokens]
 
-    def _send_report(self, result: dict[int, EngineCoreOutputs], step: StepOutput) -> None:
+    def _send_report(self, result: dict[int, EngineCoreOutputs], report: StepReport) -> None:
         if not self.log_stats:
             return
         outputs = next(iter(result.values()), None)
         if outputs is None:
             outputs = result[0] = EngineCoreOutputs()
-        outputs.outputs.append(pack_report(step.report))
+        outputs.outputs.append(pack_report(report))
 
     def _free_request_blocks(self, request: Request) -> None:
         # Also called on preemption: positions computed again keep their depths, so the clean

@@ -35,7 +35,7 @@ class OuroStatLogger(AggregateStatLoggerBase):
         """Count what `IterationStats.ouro` brings, if anything."""
         report = getattr(iteration_stats, "ouro", None)
         if self.metrics is not None and report is not None:
-            self.metrics.record(report)
+            self.metrics.record(report, engine_idx)
             if self.listener is not None:
                 self.listener(report)
 

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ouro_runtime.config import LOSSLESS, MODES, SHARED, ExitParams
+from ouro_runtime.loop.rows import Work
+
 
 def last_readout(prompt: int, max_tokens: int, longest: int) -> int:
     """The last position of a request that may be read out.
@@ -17,6 +20,29 @@ def last_readout(prompt: int, max_tokens: int, longest: int) -> int:
         prompt: tokens of the prompt. max_tokens: most tokens it may generate.
     """
     return min(prompt + max_tokens, longest) - 2
+
+
+def deepest_loop(params: ExitParams, loops: int, prompt_logprobs: bool) -> int:
+    """The deepest loop that a request can read K/V of, at its prompt too; T is `loops`. In `shared`
+    all that is generated reads loop T of the prompt.
+
+    Args:
+        prompt_logprobs: it asks for log-probabilities of its prompt, which are loop T's.
+    """
+    if params.exit_mode in (LOSSLESS, SHARED) or prompt_logprobs:
+        return loops
+    return max(params.forced_depths, default=params.max_loops)
+
+
+def pages_per_token(loops: int, by_loop: bool) -> dict[str, int]:
+    """Loops whose K/V a generated position holds, by each mode that is served, of requests that may
+    go to loop T.
+
+    Args:
+        loops: T. by_loop: whether pages are allocated by loop; else each position has all T.
+    """
+    modes = [mode for mode in MODES if by_loop or mode != SHARED]
+    return {mode: 1 if mode == SHARED else loops for mode in modes}
 
 
 def replayed(
@@ -39,3 +65,16 @@ def replayed(
 def forced_place(token: np.ndarray, length: np.ndarray | int) -> np.ndarray:
     """Where token number `token` finds its depth among `length` forced ones: they repeat."""
     return token % np.maximum(length, 1)
+
+
+def depth_limits(work: Sequence[Work], ahead: int) -> tuple[np.ndarray, np.ndarray]:
+    """(least, most) loops, both [R, ahead] int64, of the next tokens of requests."""
+    low, high = (
+        np.repeat(np.array(limits, np.int64)[:, None], ahead, axis=1)
+        for limits in ([w.min_loops for w in work], [w.max_loops for w in work])
+    )
+    for index, w in enumerate(work):
+        if w.forced is not None:
+            token = w.known - w.prompt + np.arange(ahead)
+            low[index] = high[index] = w.forced[forced_place(token, len(w.forced))]
+    return low, high

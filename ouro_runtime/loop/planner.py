@@ -5,9 +5,9 @@ its column of cells. Rows are of two kinds:
 
 - a *head* is the newest token's position: when its exit rule fires it is read out, and its token's
   position may enter the next pass as a new head;
-- any other row only runs until it has done `stop` loops: prompt positions (T), positions being
-  recomputed after a preemption (the depth they left at), and in `exact` mode positions that were
-  read out and still owe their deeper loops.
+- any other row only runs until it has done `stop` loops: prompt positions (all that the request can
+  read), positions computed again after a preemption (the depth they left at), and in `exact` mode
+  positions that were read out and still owe their deeper loops.
 
 In `lossless` a head that is read out early only gives a *draft*: its successor starts, its own
 deeper loops run on, and after loop T it is read out again. If that is another token, what was
@@ -21,7 +21,7 @@ from dataclasses import replace
 import numpy as np
 
 from ouro_runtime.exit.cdf import exit_cdf
-from ouro_runtime.loop.limits import forced_place, replayed
+from ouro_runtime.loop.limits import depth_limits, replayed
 from ouro_runtime.loop.rows import (
     HEAD,
     NOBODY,
@@ -51,8 +51,7 @@ class StepPlan:
     """
 
     def __init__(self, work: list[Work], loops: int) -> None:
-        self.loops = loops
-        self.passes_left = loops
+        self.loops = self.passes_left = loops
         self.work = work
         self.threshold = np.array([w.threshold for w in work], np.float32)
         self.margin = np.array([w.margin for w in work], np.float32)
@@ -62,13 +61,15 @@ class StepPlan:
         self._last = np.array([w.last for w in work], np.int64)
         self._exact = np.array([w.exact for w in work], bool)
         self._lossless = np.array([w.lossless for w in work], bool)
+        self._shared = np.array([w.shared for w in work], bool)
         self._drafts = np.array([w.drafts and not w.single for w in work], bool)
         self.drafting = bool(self._lossless.any())
         self.guided = np.array([w.guided for w in work], bool)
         self.seat = np.array([w.seat for w in work], np.int64)
         self._single = np.array([w.single for w in work], bool)
         self._known = np.array([w.known for w in work], np.int64)
-        self._low, self._high = self._limits(work)
+        self._deepest = np.array([w.deepest or loops for w in work], np.int64)
+        self._low, self._high = depth_limits(work, 2 * loops)
         self.rows = self._first_rows(work)
         self.scheduled = int(sum(w.count for w in work))
         self._segments: Segments | None = None
@@ -127,7 +128,7 @@ class StepPlan:
         if carried.draft >= 0:
             rows.stop[row] = OWED
         else:
-            rows.stop[row] = HEAD if carried.head else self.loops
+            rows.stop[row] = HEAD if carried.head else self._deepest[rows.req[row]]
         self.restore.append((row, carried))
 
     def _replay(self, rows: Rows, w: Work, first: int) -> None:
@@ -136,19 +137,6 @@ class StepPlan:
             return
         offset, depths = replayed(w.depths, w.prompt, w.start, w.start + w.count, w.known)
         rows.stop[first + offset : first + offset + len(depths)] = depths
-
-    def _limits(self, work: list[Work]) -> tuple[np.ndarray, np.ndarray]:
-        """(least, most) loops, both [R, 2T] int64, of the tokens that a step may read out."""
-        ahead = np.arange(2 * self.loops)
-        low, high = (
-            np.repeat(np.array(limits, np.int64)[:, None], len(ahead), axis=1)
-            for limits in ([w.min_loops for w in work], [w.max_loops for w in work])
-        )
-        for index, w in enumerate(work):
-            if w.forced is not None:
-                token = w.known - w.prompt + ahead
-                low[index] = high[index] = w.forced[forced_place(token, len(w.forced))]
-        return low, high
 
     def segments(self) -> Segments:
         """The sequences of the next pass."""
@@ -200,7 +188,7 @@ class StepPlan:
             deferred=self._single[req],
             cdf=exit_cdf(every.history[rows], depth),
             final=~lossless | (depth >= self.loops),
-            loops_run=np.where(tail | exact | lossless, self.loops, depth),
+            loops_run=np.where(tail | exact | lossless, self._deepest[req], depth),
             draft=every.draft[rows],
             drafted=every.drafted[rows],
             dropped=np.zeros(len(rows), np.int64),
@@ -260,11 +248,10 @@ class StepPlan:
         gone = self._settle(out, tokens, finished) if self.drafting else None
         stays, starts = self._fates(out, tokens, finished, gone)
         left, done = self._leave(out, pos, over, stays, finished)
-
         reuse = np.nonzero(starts & ~stays)[0]
         append = np.nonzero(starts & stays)[0]
         reuse_rows = out.rows[reuse]
-        self.rows.stop[out.rows] = self.loops  # read out: heads no more
+        self.rows.stop[out.rows] = self._deepest[out.req]  # read out: heads no more
         if self.drafting:
             self._draft(out, tokens, finished)
         if len(reuse):
@@ -283,8 +270,11 @@ class StepPlan:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Of the rows read out, [M] bool each: those that stay to run their deeper loops, and those
         whose token's position starts in the next pass."""
-        stays = (out.depth < self.loops) & (out.tail | (out.exact & ~finished) | ~out.final)
-        starts = ~(finished | out.deferred) if self.passes_left else np.zeros(len(out), bool)
+        deeper = out.depth < self._deepest[out.req]
+        stays = deeper & (out.tail | (out.exact & ~finished) | ~out.final)
+        # In `shared` a generated position reads loop T of its prompt, at every loop.
+        waits = finished | out.deferred | (self._shared[out.req] & out.tail)
+        starts = ~waits if self.passes_left else np.zeros(len(out), bool)
         if gone is not None:
             # Dropped, or confirmed: its successor is on its way.
             starts &= ~gone[out.rows] & ~out.right(tokens)
@@ -313,19 +303,19 @@ class StepPlan:
         stays: np.ndarray,
         finished: np.ndarray,
     ) -> tuple[Left, np.ndarray]:
-        """Positions whose loops are over before T, and the rows [D] that are done.
+        """Positions that left early, and the rows [D] that are done.
 
         Args:
             pos: [M], of the rows read out. over: rows that have run all they had to.
             stays: [M] bool, the row goes on. finished: [M] bool, nobody reads the position again.
         """
-        owing = np.nonzero((out.depth < self.loops) & ~(stays | finished))[0]
+        owing = np.nonzero((out.depth < self._deepest[out.req]) & ~(stays | finished))[0]
         left = Left(out.req[owing], pos[owing], out.depth[owing])
         done = out.rows[~stays]
         if not len(over):
             return left, done
         rows = self.rows
-        replayed = over[rows.loop[over] < self.loops]
+        replayed = over[rows.loop[over] < self._deepest[rows.req[over]]]
         left = Left(
             np.concatenate([left.req, rows.req[replayed]]),
             np.concatenate([left.pos, rows.pos[replayed]]),
@@ -359,7 +349,7 @@ class StepPlan:
             req=req,
             pos=pos,
             loop=np.zeros(len(req), np.int64),
-            stop=np.full(len(req), self.loops, np.int64),
+            stop=self._deepest[req],
             low=self._low[req, ahead],
             high=self._high[req, ahead],
             survival=np.ones(len(req), np.float32),

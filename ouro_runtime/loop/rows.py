@@ -42,7 +42,8 @@ class Work:
         threshold, margin, delta: of the exit rules `gate`, `margin` and `delta` (`exit/policy.py`),
             all but the request's own turned off.
         min_loops, max_loops: limits of its depths; `forced`, if any, [F] depths by token.
-        exact: K/V mode `exact`; lossless: `lossless`; neither: `skip`.
+        deepest: no position runs a loop after this one, since nobody can read it; 0 for T.
+        exact: K/V mode `exact`; lossless: `lossless`; shared: `shared`; none of them: `skip`.
         drafts: a lossless request may be drafted in this step.
         guided: where to draft is the `DraftRule`'s to say, not the exit rule's.
         seat: where the `DraftRule` keeps its record of the request.
@@ -61,9 +62,11 @@ class Work:
     delta: float = 0.0
     min_loops: int = 1
     max_loops: int = 1
+    deepest: int = 0
     forced: np.ndarray | None = None
     exact: bool = False
     lossless: bool = False
+    shared: bool = False
     drafts: bool = False
     guided: bool = False
     seat: int = 0
@@ -196,7 +199,7 @@ class Readout:
 
 @dataclass
 class Left:
-    """Positions whose loops are over before T: their K/V stands for the deeper loops.
+    """Positions whose loops are over early: their K/V stands for the deeper loops.
 
     Attributes:
         req, pos, depth: [M] int64, requests, positions, loops run.

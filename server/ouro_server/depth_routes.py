@@ -6,7 +6,8 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, HTTPException, Request
 
-from ouro_runtime.config import GATE, MODES, RULE, RULES, DepthError, check_rule
+from ouro_runtime.config import GATE, RULE, RULES, DepthError, check_rule
+from ouro_runtime.loop.limits import pages_per_token
 from ouro_server.depth import shortened
 from ouro_server.honest_status import reads_requests
 from ouro_server.json_body import check_body
@@ -23,7 +24,7 @@ from ouro_server.schemas import (
 )
 from ouro_server.served import ServedDepth
 from ouro_server.steering import Steering
-from ouro_server.vllm_api import ErrorResponse, validate_json_request
+from ouro_server.vllm_api import ErrorResponse, current_platform, validate_json_request
 
 _CHANGE: dict[str, Any] = {
     "requestBody": {
@@ -92,10 +93,12 @@ def depth_info(served: ServedDepth) -> DepthInfo:
     """What `/v1/depth` answers."""
     book, defaults = served.book, served.defaults
     in_force = defaults.for_class(book.default_class)
+    pages = pages_per_token(served.loops, by_loop=current_platform.is_cpu())
     return DepthInfo(
         model=served.model,
         loops=served.loops,
-        modes=list(MODES),
+        modes=list(pages),
+        pages_per_token=pages,
         rules={name: RuleInfo(most=RULES[name][0], off=RULES[name][1]) for name in served.rules},
         return_loops=served.reads_loops,
         drafts=served.drafts,

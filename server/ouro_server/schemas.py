@@ -48,7 +48,8 @@ class DepthControls(BaseModel):
     )
     exit_mode: Literal[MODES] | None = Field(  # type: ignore[valid-type]
         default=None,
-        description="`skip`: the loops after the exit are not run. `exact`: they are run off the "
+        description="`skip`: the loops after the exit are not run. `shared`: the same over one K/V "
+        "for all loops, which saves memory and changes answers. `exact`: they are run off the "
         "read-out, so later tokens see the K/V of the full model; nothing is saved. `lossless`: "
         "the token read out at the exit is a draft, which the last loop confirms or takes back, so "
         "the answer is that of every loop. `auto`: `lossless` where every loop is asked for, else "
@@ -349,6 +350,10 @@ class DepthInfo(BaseModel):
     model: str = Field(description="Name under which the model is served.")
     loops: int = Field(description="T: loops of the model, the greatest depth of a token.")
     modes: list[str] = Field(description="Values that `exit_mode` may take.")
+    pages_per_token: dict[str, int] = Field(
+        description="By mode, the loops whose K/V a generated position holds, of a request whose "
+        "`max_loops` is T. A smaller one in `skip` and `exact` holds that many (CPU)."
+    )
     rules: dict[str, RuleInfo] = Field(description="Values that `exit_rule` may take.")
     return_loops: bool = Field(description="Whether `return_loops` is honoured; not on CUDA.")
     drafts: bool = Field(

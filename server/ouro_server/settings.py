@@ -90,6 +90,7 @@ def depth_parser() -> argparse.ArgumentParser:
         help="skip: the loops after the exit are not run, which is what saves time.\n"
         "exact: they are run off the read-out, so that later tokens see the K/V of the full\n"
         "model; nothing is saved.\n"
+        "shared: as skip, over one K/V for all loops: less memory, other answers (CPU).\n"
         "lossless: the token read out at the exit is a draft, which loop T confirms or takes\n"
         "back: the answer is that of every loop.\n"
         "auto: lossless where every loop is asked for, else skip. Default: auto.",
@@ -288,4 +289,4 @@ def _installed() -> list[str]:
 
 
 assert set(RULES) == {"gate", "margin", "delta"}, "the help of --exit-rule explains these"
-assert set(MODES) == {"auto", "skip", "exact", "lossless"}, "the help of --exit-mode explains these"
+assert set(MODES) == {"auto", "skip", "exact", "shared", "lossless"}, "--exit-mode explains these"

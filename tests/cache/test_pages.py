@@ -1,4 +1,4 @@
-"""Loop-interleaved pages and the clean prefix."""
+"""Pages by loop and the clean prefix."""
 
 import numpy as np
 import pytest
@@ -6,24 +6,21 @@ import pytest
 from ouro_runtime.cache.pages import LoopPages
 from ouro_runtime.cache.sharing import CleanPrefix
 
+TABLES = np.array([[[3, 0, 5], [1, 2, 4]], [[8, 7, 6], [11, 10, 9]]], np.int32)
+"""[T, R, B]"""
+
 
 def test_a_cell_has_a_slot_of_its_own() -> None:
-    table = np.array([[3, 0, 5], [1, 2, 4]], np.int32)
-    pages = LoopPages(table, block_size=2, loops=3)
-    cells = [(r, p, t) for r in range(2) for p in range(6) for t in range(3)]
+    pages = LoopPages(TABLES, block_size=2)
+    cells = [(r, p, t) for r in range(2) for p in range(6) for t in range(2)]
     req, pos, loop = (np.array(column) for column in zip(*cells, strict=True))
-    slots = pages.slots(req, pos, loop)
-    assert len(set(slots.tolist())) == len(cells)
-    assert pages.slots(np.array([0]), np.array([5]), np.array([1])).tolist() == [
-        (5 * 3 + 1) * 2 + 1
-    ]
+    assert sorted(pages.slots(req, pos, loop).tolist()) == list(range(24))
+    assert pages.slots(np.array([0]), np.array([5]), np.array([1])).tolist() == [6 * 2 + 1]
 
 
-def test_tables_name_the_pages_that_slots_lie_in() -> None:
-    table = np.array([[3, 0, 5]], np.int32)
-    pages = LoopPages(table, block_size=2, loops=4)
-    tables = pages.tables(np.array([0, 0]), np.array([0, 2]), positions=5)
-    assert tables.tolist() == [[12, 0, 20], [14, 2, 22]]
+def test_tables_are_those_of_each_sequences_loop() -> None:
+    tables = LoopPages(TABLES, block_size=2).tables(np.array([0, 1]), np.array([1, 0]), positions=3)
+    assert tables.tolist() == [[8, 7], [1, 2]]
     assert tables.dtype == np.int32
 
 
@@ -33,6 +30,12 @@ def test_skip_ends_the_clean_prefix_at_the_first_early_exit() -> None:
     assert clean.step([4, 4]) == 12
     assert clean.step([3]) == 12
     assert clean.step([4, 4]) == 12, "what follows a stand-in was computed from it"
+
+
+def test_a_position_is_clean_at_the_loops_that_it_and_all_before_it_ran() -> None:
+    clean = CleanPrefix(prompt=10, loops=4, mode="skip")
+    clean.step([1, 4, 3, 4, 2, 4])
+    assert clean.by_loop == [15, 15, 13, 11]
 
 
 def test_exact_positions_count_one_step_late() -> None:

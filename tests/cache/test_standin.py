@@ -40,7 +40,9 @@ class Book:
         self.expected = self.pages.clone()
         self.places = probe_layout(write, BLOCK, HEAD, dtype).numpy()
         self.stand_ins = StandIns(LOOPS, POSITIONS, BLOCK)
-        self.table = np.array([[3, 0, 4, 0], [1, 2, 0, 0]], np.int32)
+        pages = np.random.default_rng(0).permutation(BLOCKS * LOOPS).astype(np.int32)
+        table = np.array([[3, 0, 4, 0], [1, 2, 0, 0]])
+        self.tables = pages.reshape(LOOPS, BLOCKS)[:, table]
 
     def expect(self, req: int, pos: int, depth: int, loop: int) -> None:
         """`pos` of request `req` left at `depth`; that stands for 0-based `loop`."""
@@ -48,9 +50,9 @@ class Book:
         ones = torch.ones(1, 1, HEAD)
         self.write(ones, ones, mine, torch.tensor([pos % BLOCK]))
         where = mine[0, 0].bool()
-        page = int(self.table[req, pos // BLOCK]) * LOOPS
-        held = self.expected[:, page + depth - 1][:, :, where]
-        self.expected[:, page + loop][:, :, where] = held
+        pages = self.tables[:, req, pos // BLOCK].tolist()
+        held = self.expected[:, pages[depth - 1]][:, :, where]
+        self.expected[:, pages[loop]][:, :, where] = held
 
     def overwrite(self) -> None:
         """Other K/V everywhere."""
@@ -62,7 +64,7 @@ class Book:
             np.array(slots),
             np.array(loops),
             np.array(limits),
-            self.table,
+            self.tables,
             np.arange(len(slots)),
         )
         for layer in self.pages:

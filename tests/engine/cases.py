@@ -42,7 +42,7 @@ class Case:
 
     @property
     def depth_fields(self) -> dict[str, Any]:
-        """The depth controls of this case, as a request states them (`shared` is not served)."""
+        """The depth controls of this case, as a request states them."""
         if self.mode == "full":
             return {"exit_threshold": 1.0, "exit_mode": "skip"}
         return {"exit_threshold": self.threshold, "exit_mode": self.mode}
@@ -54,7 +54,12 @@ def golden_records(checkpoint: str) -> list[dict[str, Any]]:
     return json.loads((FOLDER / checkpoint / "golden.json").read_text())["records"]
 
 
-def golden_cases(checkpoint: str, modes: tuple[str, ...] = ("full", "exact", "skip")) -> list[Case]:
+MODES = ("full", "exact", "skip", "shared")
+ON_CUDA = ("full", "exact", "skip")
+"""Modes that are served; `ON_CUDA` by both engines."""
+
+
+def golden_cases(checkpoint: str, modes: tuple[str, ...] = ON_CUDA) -> list[Case]:
     """Every case of `checkpoint` in `modes`."""
     cases = []
     for record in golden_records(checkpoint):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
 from vllm.outputs import CompletionOutput
 from vllm.platforms.cpu import CpuPlatform
 
+from ouro_runtime.engine.cpu.pages import pages_held
 from ouro_runtime.plugin import register
 
 BLOCK = 32
@@ -74,10 +77,16 @@ def values(entry: Mapping[int, Any]) -> dict[int, float]:
     return {token: value.logprob for token, value in entry.items()}
 
 
-def make_engine(model: str, **options: Any) -> LLM:
-    """An engine in this process: float32, eager, few small blocks, no prefix cache, no tokenizer.
+def loops_of(model: str) -> int:
+    """T of the checkpoint in a folder."""
+    return json.loads((Path(model) / "config.json").read_text())["total_ut_steps"]
 
-    `options` override vLLM's engine arguments.
+
+def make_engine(model: str, **options: Any) -> LLM:
+    """An engine in this process: float32, eager, few small pages, no prefix cache, no tokenizer.
+
+    `options` override vLLM's engine arguments; `blocks` is how many blocks the pool has for
+    requests that hold a page of every loop.
     """
     register()
     settings: dict[str, Any] = {
@@ -85,7 +94,6 @@ def make_engine(model: str, **options: Any) -> LLM:
         "enforce_eager": True,
         "skip_tokenizer_init": True,
         "block_size": BLOCK,
-        "num_gpu_blocks_override": 512,
         "max_model_len": 256,
         "max_num_seqs": 64,
         "max_logprobs": 20,
@@ -95,7 +103,9 @@ def make_engine(model: str, **options: Any) -> LLM:
         # Full-depth requests without drafts, unless a test asks for them.
         "additional_config": {"ouro": {"exit_mode": "skip"}},
     }
-    llm = LLM(model=str(model), **(settings | options))
+    # One page of the pool is nobody's.
+    pages = 1 + loops_of(model) * options.pop("blocks", 512)
+    llm = LLM(model=str(model), **(settings | {"num_gpu_blocks_override": pages} | options))
     # A process registers its kernels once; a second engine would scan every module again, and
     # trip over modules that other libraries have loaded meanwhile.
     CpuPlatform.register_triton_kernel_overrides = classmethod(lambda cls: None)
@@ -166,8 +176,13 @@ def runner_of(llm: LLM) -> Any:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
+def pages_by_loop(llm: LLM) -> list[int]:
+    """How many pages requests hold, by loop."""
+    return pages_held(scheduler_of(llm).kv_cache_manager)
+
+
 def assert_idle(llm: LLM) -> None:
-    """Nothing is left of any request: no block in use, no carried state, no row in the batch."""
+    """Nothing is left of any request: no page in use, no carried state, no row in the batch."""
     scheduler, runner = scheduler_of(llm), runner_of(llm)
     assert not llm.llm_engine.has_unfinished_requests()
     assert not scheduler.running and not scheduler.waiting and not scheduler.requests
@@ -175,8 +190,10 @@ def assert_idle(llm: LLM) -> None:
     llm.llm_engine.engine_core.engine_core.step_fn()
     pool = scheduler.kv_cache_manager.block_pool
     used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
-    assert used == 0, f"{used} blocks are still in use"
+    assert used == 0, f"{used} pages are still in use"
     assert not scheduler._clean, f"clean prefixes of {list(scheduler._clean)} are left"
+    assert not scheduler._deepest, f"loops of {list(scheduler._deepest)} are left"
+    assert not scheduler._shared, f"modes of {list(scheduler._shared)} are left"
     left = set(runner.loop_requests) - set(scheduler.finished_req_ids)
     assert not left, f"the worker still remembers {sorted(left)}"
 

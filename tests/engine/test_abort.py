@@ -20,7 +20,7 @@ def test_a_thousand_random_aborts_leave_nothing_behind() -> None:
         "max_num_batched_tokens": 64,
         "max_num_seqs": 8,
         "enable_prefix_caching": True,
-        "num_gpu_blocks_override": 24,
+        "blocks": 23,
     }
     carried_when_aborted = aborted = born = 0
     alive: dict[str, str] = {}

@@ -6,7 +6,7 @@ from math import prod
 import pytest
 from vllm import LLM
 
-from tests.engine.cases import CHECKPOINTS, Case, golden_cases, golden_records
+from tests.engine.cases import CHECKPOINTS, MODES, Case, golden_cases, golden_records
 from tests.engine.compare import assert_case, assert_cdf
 from tests.engine.harness import (
     Output,
@@ -43,7 +43,7 @@ def check(cases: list[Case], outputs: list[Output]) -> None:
         assert_case(case, out.tokens, out.depths, out.logprobs)
 
 
-@pytest.mark.parametrize("mode", ["full", "exact", "skip"])
+@pytest.mark.parametrize("mode", MODES)
 def test_alone(checkpoint: str, plain: LLM, mode: str) -> None:
     for case in golden_cases(checkpoint, (mode,)):
         out = generate_one(plain, case.prompt, greedy(len(case.tokens), case.depth_fields))
@@ -52,21 +52,21 @@ def test_alone(checkpoint: str, plain: LLM, mode: str) -> None:
 
 
 def test_everything_in_one_batch(checkpoint: str, plain: LLM) -> None:
-    cases = golden_cases(checkpoint)
+    cases = golden_cases(checkpoint, MODES)
     check(cases, run_batch(plain, cases))
     assert_idle(plain)
 
 
 def test_loops_run_count_what_was_executed(checkpoint: str, plain: LLM) -> None:
-    cases = golden_cases(checkpoint)
+    cases = golden_cases(checkpoint, MODES)
     for case, out in zip(cases, run_batch(plain, cases), strict=True):
         loops = max(golden_cases(checkpoint, ("full",))[0].depths)
-        expected = [loops, *(out.depths[1:] if case.mode == "skip" else [loops] * 23)]
+        expected = [loops, *(out.depths[1:] if case.mode in ("skip", "shared") else [loops] * 23)]
         assert out.loops_run == expected, case.name
 
 
 def test_the_first_tokens_exit_cdf_is_the_released_gates(checkpoint: str, plain: LLM) -> None:
-    cases = golden_cases(checkpoint)
+    cases = golden_cases(checkpoint, MODES)
     gates = {
         tuple(record["prompt"]): record["last_position"]["lambda_by_loop"]
         for record in golden_records(checkpoint)
@@ -78,14 +78,14 @@ def test_the_first_tokens_exit_cdf_is_the_released_gates(checkpoint: str, plain:
 
 
 def test_chunked_prefill(checkpoint: str) -> None:
-    cases = golden_cases(checkpoint)
+    cases = golden_cases(checkpoint, MODES)
     with engine(CHECKPOINTS[checkpoint], max_num_batched_tokens=32, max_num_seqs=16) as llm:
         check(cases, run_batch(llm, cases))
         assert_idle(llm)
 
 
 def test_warm_prefix_cache(checkpoint: str) -> None:
-    cases = golden_cases(checkpoint)
+    cases = golden_cases(checkpoint, MODES)
     with engine(CHECKPOINTS[checkpoint], enable_prefix_caching=True) as llm:
         check(cases, run_batch(llm, cases))
         warm = run_batch(llm, cases)

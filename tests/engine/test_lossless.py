@@ -228,12 +228,12 @@ def crowd_of(count: int, tokens: int) -> list[Arrival]:
     ]
 
 
-@pytest.mark.parametrize("blocks", [512, 14], ids=["roomy", "cramped"])
+@pytest.mark.parametrize("blocks", [511, 13], ids=["roomy", "cramped"])
 def test_a_crowd_answers_as_alone(blocks: int) -> None:
     """Mixed with other modes, cached, chunked, aborted, and with preemptions in a small pool."""
     options = {
         "max_model_len": 128,
-        "num_gpu_blocks_override": blocks,
+        "blocks": blocks,
         "enable_prefix_caching": True,
         "max_num_batched_tokens": 32,
         "max_num_seqs": 16,
@@ -243,7 +243,7 @@ def test_a_crowd_answers_as_alone(blocks: int) -> None:
         preempted = count_preemptions(llm)
         arrivals = crowd_of(21, 50)
         seen = drive(llm, arrivals)
-        assert bool(preempted) == (blocks == 14)
+        assert bool(preempted) == (blocks == 13)
         for arrival in arrivals:
             if arrival.abort_after is not None:
                 continue
@@ -258,7 +258,7 @@ def test_a_crowd_answers_as_alone(blocks: int) -> None:
 
 def test_a_preempted_request_draws_as_if_nothing_had_happened() -> None:
     """What its dropped drafts drew is drawn again, also when it is not drafted any more."""
-    options = {"max_model_len": 128, "num_gpu_blocks_override": 14, "max_num_seqs": 16}
+    options = {"max_model_len": 128, "blocks": 13, "max_num_seqs": 16}
     with engine(MINI, **options) as llm:
         preempted = count_preemptions(llm)
 

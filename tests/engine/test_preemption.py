@@ -54,13 +54,13 @@ def undisturbed() -> dict[float, list[Output]]:
     return outputs
 
 
-@pytest.mark.parametrize("blocks", [6, 9])
+@pytest.mark.parametrize("blocks", [5, 8])
 @pytest.mark.parametrize("caching", [False, True], ids=["uncached", "cached"])
 def test_preempted_equals_undisturbed(
     undisturbed: dict[float, list[Output]], blocks: int, caching: bool
 ) -> None:
     options = {
-        "num_gpu_blocks_override": blocks,
+        "blocks": blocks,
         "max_model_len": 128,
         "max_num_batched_tokens": 96,
         "max_num_seqs": 8,

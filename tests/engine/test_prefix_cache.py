@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 from vllm import LLM
+from vllm.v1.core.kv_cache_utils import get_group_id
 
 from tests.engine.cases import CHECKPOINTS
 from tests.engine.compare import LOGPROB_TOLERANCE, assert_same, first_difference
 from tests.engine.harness import BLOCK, Output, engine, generate, greedy, scheduler_of
 from tests.reference.model import Reference
 
-CHECKPOINT = CHECKPOINTS["t4-mha"]
+CHECKPOINT, LOOPS = CHECKPOINTS["t4-mha"], 4
 FULL = {"exit_threshold": 1.0}
 
 
@@ -47,8 +48,11 @@ def ask(llm: LLM, prompt: list[int], tokens: int, depth: dict[str, Any]) -> tupl
     return Output.of(answer.outputs[0]), answer.num_cached_tokens or 0
 
 
-def published_blocks(llm: LLM) -> int:
-    return len(scheduler_of(llm).kv_cache_manager.block_pool.cached_block_hash_to_block)
+def published_pages(llm: LLM) -> list[int]:
+    """By loop."""
+    pool = scheduler_of(llm).kv_cache_manager.block_pool
+    groups = [get_group_id(key) for key in pool.cached_block_hash_to_block._cache]
+    return [groups.count(loop) for loop in range(LOOPS)]
 
 
 @pytest.mark.parametrize("threshold", [0.1, 0.5])
@@ -75,8 +79,8 @@ def test_a_position_that_left_early_ends_what_is_published(cached: LLM) -> None:
     # Tokens 0..39 sit at positions 31..70; the 35th is the first whose position leaves early.
     depths = [4] * 35 + [2] + [4] * 60
     ask(cached, prompt, 90, {"forced_depths": depths})
-    # Token 35 is read out at position 31 + 34 = 65: blocks 0 and 1 are clean, block 2 is not.
-    assert published_blocks(cached) == 2
+    # Token 35 is read out at position 31 + 34 = 65: block 2 has a page for each loop that it ran.
+    assert published_pages(cached) == [3, 3, 2, 2]
 
 
 @pytest.mark.parametrize("depth", [FULL, {"exit_threshold": 0.3, "exit_mode": "exact"}])

@@ -33,7 +33,7 @@ def model(
 ) -> Iterator[tuple[LLM, Reference]]:
     shape: dict[str, int] = request.param
     folder = write_random(tmp_path_factory.mktemp("random") / "model", **shape, seed=shape["loops"])
-    with engine(folder, max_model_len=128, num_gpu_blocks_override=128) as llm:
+    with engine(folder, max_model_len=128, blocks=127) as llm:
         yield llm, Reference(folder)
 
 

@@ -25,6 +25,7 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
         }
     },
     "--fully-sharded-loras": {"enable_lora": True, "fully_sharded_loras": True},
+    "fp8 K/V on CPU": {"kv_cache_dtype": "fp8"},
     "prompt embeddings": {"enable_prompt_embeds": True},
     "K/V transfer": {
         "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
@@ -51,7 +52,7 @@ def test_an_unsupported_feature_is_refused_with_the_reason(feature: str) -> None
         ({"min_loops": 0}, "min_loops"),
         ({"max_loops": 5}, "max_loops"),
         ({"min_loops": 3, "max_loops": 2}, "min_loops"),
-        ({"exit_mode": "shared"}, "exit_mode"),
+        ({"exit_mode": "split"}, "exit_mode"),
         ({"exit_rule": "entropy", "exit_threshold": 0.5}, "exit_rule"),
         ({"exit_rule": "margin"}, "exit_threshold"),
         ({"exit_treshold": 0.5}, "exit_treshold"),

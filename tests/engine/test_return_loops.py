@@ -144,11 +144,11 @@ def test_preempted_requests_say_the_same() -> None:
     asked = [MODES[place % len(MODES)] | {"return_loops": MOST} for place in range(10)]
     options = {"max_model_len": 128, "max_num_batched_tokens": 96, "max_num_seqs": 8}
     said = []
-    for blocks in (512, 9):
-        with engine(CHECKPOINTS["t4-mha"], num_gpu_blocks_override=blocks, **options) as made:
+    for blocks in (511, 8):
+        with engine(CHECKPOINTS["t4-mha"], blocks=blocks, **options) as made:
             preempted = count_preemptions(made)
             said.append(ask(made, prompts, asked, max_tokens=50))
-            assert bool(preempted) == (blocks == 9)
+            assert bool(preempted) == (blocks == 8)
     for undisturbed, output in zip(*said, strict=True):
         assert output.token_ids == undisturbed.token_ids
         for left, right in zip(output.loops, undisturbed.loops, strict=True):

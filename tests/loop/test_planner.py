@@ -15,6 +15,7 @@ class Request:
     def __init__(self, rng: np.random.Generator, loops: int) -> None:
         self.prompt = int(rng.integers(1, 9))
         self.depths = rng.integers(1, loops + 1, int(rng.integers(1, 12)))
+        self.deepest = int(rng.choice([loops, self.depths.max()]))
         self.exact = bool(rng.integers(2))
         self.single = rng.random() < 0.2
         self.computed = 0
@@ -35,6 +36,7 @@ class Request:
             prompt=self.prompt,
             last=self.prompt - 2 + len(self.depths),
             forced=self.depths,
+            deepest=self.deepest,
             exact=self.exact,
             single=self.single,
             depths=self.depths[: self.produced].tolist(),
@@ -100,7 +102,7 @@ class Recorder:
         last = request.prompt + len(request.depths) - 2
         for pos in range(last + 1):
             token = pos - request.prompt + 1
-            depth = self.loops
+            depth = request.deepest
             if token > 0 and not request.exact:
                 depth = int(request.depths[token])
             times = [ran.get((pos, loop)) for loop in range(depth)]
@@ -111,7 +113,7 @@ class Recorder:
             assert None not in times, f"position {pos} misses a loop of {depth}: {times}"
             assert times == sorted(set(times))
             assert (pos, depth) not in ran
-            if depth < self.loops and pos < last:
+            if depth < request.deepest and pos < last:
                 assert self.filled[index][pos] == depth
             else:
                 assert pos not in self.filled[index]
@@ -141,6 +143,23 @@ def test_every_cell_runs_once_and_in_order(loops: int, budget: int) -> None:
         recorder = run(seed, loops, budget)
         for index in range(len(recorder.requests)):
             recorder.check(index)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_nothing_runs_a_loop_that_the_request_cannot_read(exact: bool) -> None:
+    """Neither its prompt, nor what it owes in `exact`; and such a position owes no stand-in."""
+    forced = np.array([1, 2])
+    work = Work(0, 3, 3, prompt=3, last=9, forced=forced, deepest=2, exact=exact)
+    plan = StepPlan([work], LOOPS)
+    alive, loops_run = [], []
+    for _ in range(3):
+        out = plan.readout(plan.rows.loop + 1 >= plan.rows.high)
+        loops_run += out.loops_run.tolist()
+        move = plan.advance(out, np.zeros(len(out), np.int64), np.zeros(len(out), bool))
+        assert len(move.left) == 0
+        alive.append(plan.rows.pos.tolist())
+    assert alive == [[0, 1, 2, 3], [3], [4]]
+    assert loops_run == [2, 2]
 
 
 def test_a_step_yields_up_to_one_token_per_pass() -> None:

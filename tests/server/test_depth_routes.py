@@ -70,7 +70,8 @@ def test_depth_shows_everything_a_client_may_ask_for(client: TestClient) -> None
         "object": "depth",
         "model": "m",
         "loops": 4,
-        "modes": ["auto", "skip", "exact", "lossless"],
+        "modes": ["auto", "skip", "exact", "shared", "lossless"],
+        "pages_per_token": {"auto": 4, "skip": 4, "exact": 4, "shared": 1, "lossless": 4},
         "rules": {
             "gate": {"most": 1.0, "off": 1.0},
             "margin": {"most": 1.0, "off": 1.0},

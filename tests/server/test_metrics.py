@@ -73,9 +73,10 @@ def test_time_per_token_is_observed_by_mean_depth(registry: CollectorRegistry) -
 
 def test_steps_are_counted_by_pass_and_loop(registry: CollectorRegistry) -> None:
     metrics = DepthMetrics("m", 3, registry)
-    step = StepReport(pass_rows=[5, 3], rows_by_loop=[4, 3, 1], tokens=4)
+    step = StepReport([5, 3], rows_by_loop=[4, 3, 1], kv_pages=[3, 2, 2], tokens=4)
     metrics.record(DepthReport(steps=[step, step]))
     assert [value(registry, "ouro_cells_total", loop=n) for n in "123"] == [8, 6, 2]
+    assert [value(registry, "ouro_kv_pages", loop=n) for n in "123"] == [3, 2, 2]
     assert value(registry, "ouro_pass_rows_count") == 4
     assert value(registry, "ouro_pass_rows_sum") == 16
     assert value(registry, "ouro_step_tokens_sum") == 8

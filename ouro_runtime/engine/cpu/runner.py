@@ -29,6 +29,7 @@ from ouro_runtime.cache.standin import StandIns
 from ouro_runtime.config import LoopConfig
 from ouro_runtime.engine.cpu.adapters import RowAdapters
 from ouro_runtime.engine.cpu.gates import GateManager
+from ouro_runtime.engine.cpu.pages import join_tables
 from ouro_runtime.engine.cpu.row_state import follow_budgets
 from ouro_runtime.engine.cpu.sampler import SettledSampler, StepSampler
 from ouro_runtime.engine.cpu.step import CPUStep
@@ -36,6 +37,7 @@ from ouro_runtime.engine.pin import check_parameters
 from ouro_runtime.engine.requests import LoopRequest
 from ouro_runtime.loop.executor import StepExecutor
 from ouro_runtime.loop.planner import StepPlan
+from ouro_runtime.model.attention import LoopAttention
 
 # What model/cpu_attention.py calls.
 check_parameters(ops.cpu_attn_reshape_and_cache, "key_cache", "slot_mapping", "isa")
@@ -43,6 +45,7 @@ check_parameters(ops.cpu_attention_with_kv_cache, "query_start_loc", "scheduler_
 check_parameters(CPUModelRunner._model_forward, "input_ids", "positions")
 check_parameters(CPUModelRunner._sample, "logits", "spec_decode_metadata")
 check_parameters(CPUModelRunner._build_attention_metadata, "num_tokens", "num_reqs")
+check_parameters(CPUModelRunner._postprocess_tensors)
 check_parameters(CPUModelRunner.load_lora_model, "model", "vllm_config", "device")
 check_parameters(CPUModelRunner._on_request_state_removed, "req_id", "req_state")
 
@@ -74,13 +77,20 @@ class OuroCPUModelRunner(CPUModelRunner):
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
-        (self._group,) = self.kv_cache_config.kv_cache_groups
+        # vLLM has made the batch anew for the groups, its tensors not those of the CPU's rows.
+        self._postprocess_tensors()
+        groups = self.kv_cache_config.kv_cache_groups
+        assert [group.kv_cache_spec.loop for group in groups] == list(range(self.loop_config.loops))
+        for module in self.model.modules():
+            if isinstance(module, LoopAttention):
+                module.check_pages()
         (attention,) = self.attn_groups[0]
         assert attention.backend is CPUAttentionBackend, attention.backend
         self._metadata_builder = attention.get_metadata_builder()
-        self._block_size = self._group.kv_cache_spec.block_size
-        table = self.input_batch.block_table[0]
-        assert table.block_size == self._block_size, "kernel blocks differ from logical blocks"
+        self._block_size = groups[0].kv_cache_spec.block_size
+        for table in self.input_batch.block_table.block_tables:
+            assert table.block_size == self._block_size, "pages differ from blocks"
+        self._tables = join_tables(self.input_batch.block_table)
         self._stand_ins = StandIns(self.loop_config.loops, self.max_model_len, self._block_size)
 
     # ---- requests -----------------------------------------------------------------------------
@@ -161,9 +171,7 @@ class OuroCPUModelRunner(CPUModelRunner):
                 [state.output_token_ids for state in states],
                 requests,
             ),
-            pages=LoopPages(
-                batch.block_table[0].block_table.np, self._block_size, self.loop_config.loops
-            ),
+            pages=LoopPages(self._tables, self._block_size),
             stand_ins=self._stand_ins,
             metadata_builder=self._metadata_builder,
             adapters=self._adapters,

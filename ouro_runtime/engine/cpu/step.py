@@ -36,7 +36,7 @@ class CPUStep:
 
     Args:
         model: the looped model (`cpu/model.py`). requests: what the worker remembers of each.
-        sampler: samples between the passes. pages: the step's block tables.
+        sampler: samples between the passes. pages: the block tables of each loop.
         stand_ins: of all requests. metadata_builder: vLLM's, of the attention backend.
         adapters: None without LoRA. adapter_ids: of the requests, [R] int64, 0 for none.
     """
@@ -58,6 +58,8 @@ class CPUStep:
         self.model, self.requests, self.sampler = model, requests, sampler
         self.pages, self.stand_ins, self.metadata_builder = pages, stand_ins, metadata_builder
         self.adapters, self.adapter_ids = adapters, adapter_ids
+        self.shared = np.array([request.shared for request in requests], bool)
+        self.prompts = np.array([request.prompt for request in requests], np.int64)
         self.slots = np.array([request.slot for request in requests], np.int64)
         self.asked = np.array([request.guesses is not None for request in requests], bool)
         self.seconds = dict.fromkeys(PARTS, 0.0)
@@ -122,7 +124,12 @@ class CPUStep:
         with self._timed("metadata"):
             if self.adapters is not None:
                 self.adapters.place(self.adapter_ids[rows.req])
-            slots = torch.from_numpy(self.pages.slots(rows.req, rows.pos, rows.loop))
+            planes, of_segment = rows.loop, segments.loop
+            if self.shared.any():
+                shared, prompts = self.shared[rows.req], self.prompts[rows.req]
+                planes = self.pages.planes(shared, prompts, rows.pos, rows.loop)
+                of_segment = planes[segments.first[:-1]]
+            slots = torch.from_numpy(self.pages.slots(rows.req, rows.pos, planes))
             longest = int(segments.seq_len.max())
             first = torch.from_numpy(segments.first)
             metadata = self.metadata_builder.build(
@@ -136,7 +143,7 @@ class CPUStep:
                     max_query_len=segments.max_query,
                     max_seq_len=longest,
                     block_table_tensor=torch.from_numpy(
-                        self.pages.tables(segments.req, segments.loop, longest)
+                        self.pages.tables(segments.req, of_segment, longest)
                     ),
                     slot_mapping=slots,
                     causal=True,
@@ -146,7 +153,7 @@ class CPUStep:
                 self.slots[segments.req],
                 segments.loop,
                 segments.seq_len.astype(np.int64) - 1,
-                self.pages.block_table,
+                self.pages.by_loop,
                 segments.req,
             )
             self._cells = get_forward_context().attn_metadata = Cells(metadata, debts)
@@ -201,4 +208,5 @@ class CPUStep:
         return np.array([token in self.requests[index].stops for index, token in pairs], bool)
 
     def stand_in(self, left: Left) -> None:
-        self.stand_ins.owe(self.slots[left.req], left.pos, left.depth)
+        owes = ~self.shared[left.req]
+        self.stand_ins.owe(self.slots[left.req[owes]], left.pos[owes], left.depth[owes])

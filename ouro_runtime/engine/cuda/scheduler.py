@@ -159,7 +159,7 @@ class OuroAsyncScheduler(LoopSchedulerMixin, AsyncScheduler):
                 running = request.status == RequestStatus.RUNNING
                 written = request.num_computed_tokens - request.num_output_placeholders
                 self._advance_clean(request, depths, written if running else 0)
-        self._send_report(result, step)
+        self._send_report(result, step.report)
         return result
 
     def _free_request_blocks(self, request: Request) -> None:
