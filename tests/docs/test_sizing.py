@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -56,3 +57,19 @@ def test_card_table(row: list[str]) -> None:
     assert pool == f"{left / GIB:.1f} GiB"
     fit = [int(left // full_request_bytes(config(model), context)) for context in CONTEXTS]
     assert requests == [str(number) for number in fit]
+
+
+def test_what_a_pool_holds_is_what_was_measured() -> None:
+    """By setting, and at least what pages by loop are for."""
+    measured = json.loads((ROOT / "benchmarks/results/capacity.json").read_text())
+    found = {(row["setting"], row["length"]): row["requests"] for row in measured["rows"]}
+    rows = {"full": "full, `exact`", "max_loops 2": "`max_loops: 2`", "shared": "`shared`"}
+    for setting, name in rows.items():
+        (row,) = re.findall(rf"^\| {re.escape(name)}[^|]*\|[^|]*\|(.*)\|$", TEXT, re.MULTILINE)
+        for cell, length in zip(row.split("|"), (1024, 4096), strict=True):
+            ratio = found[setting, length] / found["full", length]
+            assert cell.strip() == f"{found[setting, length]} ({ratio:.2f}x)"
+            assert ratio >= {"full": 1, "max_loops 2": 1.95, "shared": 3.7}[setting]
+    for length in (1024, 4096):
+        assert found["exact", length] == found["skip 1.0", length] == found["full", length]
+    assert f"a pool of {measured['pages']:,} pages" in TEXT

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
+from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator, KVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -27,6 +27,9 @@ check_parameters(FullAttentionManager.cache_blocks, "request", "num_tokens", "re
 check_parameters(FullAttentionManager.get_num_blocks_to_allocate, "request_id", "num_tokens")
 check_parameters(FullAttentionManager.allocate_new_blocks, "request_id", "num_tokens")
 check_parameters(FullAttentionManager._remove_blocks_in_range, "first_block", "last_block")
+check_parameters(KVCacheCoordinator.get_num_blocks_to_allocate, "request_id", "num_tokens")
+check_parameters(KVCacheCoordinator.allocate_new_blocks, "request_id", "num_tokens")
+check_parameters(KVCacheCoordinator.remove_skipped_blocks, "request_id")
 check_parameters(KVCacheManager.estimate_cached_tokens, "request")
 
 
@@ -97,6 +100,48 @@ def keep_book(manager: KVCacheManager, book: Book, loops: int) -> None:
         return min(max((p.block_hash_num_tokens or 0 for p in loop), default=0) for loop in pages)
 
     manager.estimate_cached_tokens = cached_tokens  # type: ignore[method-assign]
+    spare_calls(manager.coordinator, book)
+
+
+def spare_calls(coordinator: Any, book: Book) -> None:
+    """Let a coordinator of vLLM's ask no manager where nothing is to be done: most steps need no
+    page and fill none, and to hear so from each loop took longer than the rest of scheduling.
+
+    A request's deepest loop has a page for every block that any of its loops has one for; and its
+    first loop is shared as far as any.
+    """
+    managers = coordinator.single_type_managers
+    size = managers[0].block_size
+    none: tuple[list[Any], ...] = tuple([] for _ in managers)
+    count, allocate, cache = (
+        getattr(coordinator, name)
+        for name in ("get_num_blocks_to_allocate", "allocate_new_blocks", "cache_blocks")
+    )
+
+    def has_room(request_id: str, num_tokens: int) -> bool:
+        held = managers[book.deepest(request_id) - 1].req_to_blocks.get(request_id, ())
+        return 0 < num_tokens <= size * len(held)
+
+    def count_missing(request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
+        if has_room(request_id, num_tokens):
+            return 0
+        return count(request_id, num_tokens, *args, **kwargs)
+
+    def allocate_missing(request_id: str, num_tokens: int, *args: Any) -> tuple[list[Any], ...]:
+        if has_room(request_id, num_tokens):
+            return none
+        return allocate(request_id, num_tokens, *args)
+
+    def cache_new(request: Request, num_computed_tokens: int) -> None:
+        cached = managers[0].num_cached_block.get(request.request_id, 0)
+        if num_computed_tokens // size > cached:
+            cache(request, num_computed_tokens)
+
+    coordinator.get_num_blocks_to_allocate = count_missing
+    coordinator.allocate_new_blocks = allocate_missing
+    coordinator.cache_blocks = cache_new
+    # No position is ever out of sight here.
+    coordinator.remove_skipped_blocks = lambda *args, **kwargs: None
 
 
 @contextmanager
