@@ -245,7 +245,7 @@ def register() -> dict[str, list[str]]:
     from vllm.model_executor.models.registry import ModelRegistry
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
-    from ouro_runtime.config import OuroConfig
+    from ouro_runtime.checkpoint_config import OuroConfig
 
     _CONFIG_REGISTRY["ouro"] = OuroConfig
     ModelRegistry.register_model(ARCHITECTURE, f"{__name__}:{OuroBaselineForCausalLM.__name__}")

@@ -5,13 +5,16 @@
 Every format is written by `ouro_runtime.model.quantize`. Answers come from the served engine; of a
 format that this machine's vLLM does not run, from the PyTorch reference over weights rounded as the
 format rounds them, and such rows say so. Speed is the engine's alone, the formats in turn on the
-same cores. Writes `bits.json` into `benchmarks/results/` and prints the tables.
+same cores; a checkpoint of 16 bits is measured in 32 too where the processor has no arithmetic for
+16. `--problems 0` or no batches leave a part out. Writes `bits.json` and `bits.md` into
+`benchmarks/results/` (`--name` names others).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -23,7 +26,6 @@ from typing import Any
 
 from benchmarks.decode import RESULTS, forced, make_model, tokens_for
 from benchmarks.engines import MINI, Engine, choose_dtype, machine, worker_cores
-from benchmarks.report import print_table
 from benchmarks.workload import PROMPT, prompts
 
 PLAIN = "as stored"
@@ -32,7 +34,7 @@ FORMATS: dict[str, list[str]] = {
     "w8a8": ["--format", "w8a8"],
     "w4a16": ["--format", "w4a16", "--group-size", "32"],
 }
-MEANS = (4.0, 2.5)
+BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 
 
 def runnable() -> tuple[bool, bool]:
@@ -55,7 +57,9 @@ def write(model: Path, folder: Path, options: list[str], narrow: bool) -> Path:
 
 
 def answers(model: Path, name: str, served: bool, problems: int) -> list[dict[str, Any]]:
-    """Right answers in every mode; in a process of its own."""
+    """Right answers in every mode; in a process of its own, and the engine in that: one of its own
+    would not let it end."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
     from benchmarks.quality import SHIPPED, EngineBackend, ReferenceBackend, measure
     from ouro_runtime.training.evaluate import Setting
     from ouro_runtime.training.export import load
@@ -100,34 +104,68 @@ def as_plain(model: Path) -> Path:
     return folder
 
 
+def contenders(source: Path, written: dict[str, Path]) -> dict[str, tuple[Path, str]]:
+    """Whose speed is measured: label -> checkpoint, and what the engine computes in.
+
+    Args:
+        source: the checkpoint as stored. written: that of every format that runs here.
+    """
+    stored = json.loads((source / "config.json").read_text())["torch_dtype"]
+    here = choose_dtype("auto", source)
+    found = {f"{PLAIN}, {BITS[here]} bits": (source, here)}
+    if here != stored:
+        found[f"{PLAIN}, {BITS[stored]} bits"] = (source, stored)
+    for name, model in written.items():
+        # The kernels of 4 bits compute in 16.
+        found[name] = (model, "bfloat16" if name == "w4a16" else here)
+    return found
+
+
 def speeds(
-    models: dict[str, Path], dtype: str, batches: Sequence[int], rounds: int
+    models: dict[str, tuple[Path, str]],
+    batches: Sequence[int],
+    means: Sequence[float],
+    rounds: int,
+    tokens: int | None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Median decode rates, tokens a second of the whole batch, and the machine."""
+    """Median decode rates, tokens a second of the whole batch, and the machine.
+
+    Args:
+        models: see `contenders`. means: mean depths.
+        tokens: of each request, a multiple of 16 below full depth; None for `decode`'s.
+    """
     rates: dict[tuple[str, int, float], list[float]] = {}
     with ExitStack() as stack:
-        engines = {}
-        for name, model in models.items():
-            precision = "bfloat16" if name == "w4a16" else dtype
-            one = Engine("ours", model, worker_cores(), "--dtype", precision)
-            engines[name] = stack.enter_context(one)
-        vocab = json.loads((models[PLAIN] / "config.json").read_text())["vocab_size"]
+        engines = {
+            name: stack.enter_context(
+                Engine("ours", model, worker_cores(), "--dtype", dtype, "--max-num-seqs", "32")
+            )
+            for name, (model, dtype) in models.items()
+        }
+        model, _ = next(iter(models.values()))
+        vocab = json.loads((model / "config.json").read_text())["vocab_size"]
         for turn in range(-1, rounds):
             for batch in batches:
-                tokens = tokens_for(batch)
-                for mean in MEANS:
+                count = tokens or tokens_for(batch)
+                for mean in means:
                     for name, engine in engines.items():
                         found = engine.ask(
                             "decode",
                             prompts=prompts(batch, PROMPT, vocab, seed=batch),
-                            tokens=tokens + 1,
-                            extra=forced(mean, tokens, batch),
+                            tokens=count + 1,
+                            extra=forced(mean, count, batch),
                         )
                         if turn >= 0:
                             rates.setdefault((name, batch, mean), []).append(found["rate"])
-        where = machine(engines[PLAIN])
+        where = machine(next(iter(engines.values())))
     rows = [
-        {"format": name, "batch": batch, "mean_depth": mean, "rate": statistics.median(values)}
+        {
+            "format": name,
+            "computes_in": models[name][1],
+            "batch": batch,
+            "mean_depth": mean,
+            "rate": statistics.median(values),
+        }
         for (name, batch, mean), values in rates.items()
     ]
     return rows, where
@@ -139,47 +177,92 @@ def alone(function: Any, *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
+def page(result: dict[str, Any]) -> str:
+    """The tables, in Markdown."""
+    from benchmarks.quality import table
+
+    lines = []
+    if result["answers"]:
+        head = ("format", "from", "mode", "right, %", "mean depth")
+        cells = [
+            (r["format"], r["backend"], r["mode"], f"{r['right']:.1f}", f"{r['mean_depth']:.2f}")
+            for r in result["answers"]
+        ]
+        total = result["problems"]
+        lines += [
+            f"ouro-mini, {total} held-out problems per family and difficulty",
+            "",
+            table(head, cells),
+        ]
+    if result.get("speed"):
+        rates = {(r["format"], r["mean_depth"], r["batch"]): r["rate"] for r in result["speed"]}
+        batches = sorted({batch for _, _, batch in rates})
+        rows = list(dict.fromkeys((name, mean) for name, mean, _ in rates))
+        cells = [
+            (name, f"{mean:g}", *(f"{rates[name, mean, batch]:.1f}" for batch in batches))
+            for name, mean in rows
+        ]
+        where = result["machine"]
+        said = (
+            f"`{result['model']}`, tokens a second of the whole batch, decode only, medians of "
+            f"{result['rounds']} round(s); {where['cpu']}, {where['threads']} thread(s); vLLM "
+            f"{where['vllm']}, torch {where['torch']}; load {where['load_at_start']} at the end"
+        )
+        columns = ("format", "mean depth", *(f"batch {batch}" for batch in batches))
+        lines += [*([""] if lines else []), said, "", table(columns, cells)]
+        if not result["four_bits"]:
+            lines += ["", "4 bits have no kernel on this processor: vLLM's needs AVX-512."]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--problems", type=int, default=50, help="per family and difficulty")
     parser.add_argument("--model", default="mid", help="whose speed: a preset's name or a folder")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
+    parser.add_argument("--means", type=float, nargs="+", default=[4.0, 2.5], help="mean depths")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, help="of each request (default: 32, 16 in a batch)")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--name", default="bits", help="of the files (bits)")
     options = parser.parse_args()
     four_bits, narrow = alone(runnable)
     result: dict[str, Any] = {
         "four_bits": four_bits,
         "narrow": narrow,
         "problems": options.problems,
+        "answers": [],
     }
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        result["answers"] = []
-        for name, how in FORMATS.items():
+        for name, how in FORMATS.items() if options.problems else ():
             model = alone(write, MINI, scratch / f"mini-{name}", how, narrow)
             served = name != "w4a16" or four_bits
             result["answers"] += alone(answers, model, name, served, options.problems)
         if options.batches:
             source = make_model(options.model, scratch / "source")
-            dtype = choose_dtype("auto", source)
-            models = {
+            written = {
                 name: alone(write, source, scratch / f"speed-{name}", how, narrow)
                 for name, how in FORMATS.items()
-                if name != "w4a16" or four_bits
+                if how and (name != "w4a16" or four_bits)
             }
-            rows, where = speeds(models, dtype, options.batches, options.rounds)
-            result |= {"speed": rows, "model": options.model, "dtype": dtype, "machine": where}
+            rows, where = speeds(
+                contenders(source, written),
+                options.batches,
+                options.means,
+                options.rounds,
+                options.tokens,
+            )
+            result |= {
+                "speed": rows,
+                "model": options.model,
+                "rounds": options.rounds,
+                "machine": where,
+            }
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "bits.json").write_text(json.dumps(result, indent=1) + "\n")
-    for part, columns in (
-        ("answers", ("format", "backend", "mode", "right", "mean_depth")),
-        ("speed", ("format", "batch", "mean_depth", "rate")),
-    ):
-        cells = [[row[column] for column in columns] for row in result.get(part, [])]
-        print_table(
-            columns, [[f"{x:.2f}" if isinstance(x, float) else x for x in row] for row in cells]
-        )
+    (options.out / f"{options.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (options.out / f"{options.name}.md").write_text(page(result))
+    print(page(result))
 
 
 if __name__ == "__main__":

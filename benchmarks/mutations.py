@@ -34,7 +34,7 @@ VALID: dict[str, dict[str, Any]] = {
 }
 """A small valid body of every endpoint that takes one. `/v1/depth` takes it by PUT."""
 
-_DEPTH = "exit_threshold min_loops max_loops exit_mode".split()
+_DEPTH = "exit_threshold min_loops max_loops exit_mode exit_rule".split()
 _SAMPLING = """
 frequency_penalty logit_bias logprobs max_tokens n presence_penalty response_format seed stop stream
 stream_options temperature top_p user use_beam_search top_k min_p repetition_penalty watermarking

@@ -1,4 +1,4 @@
-"""`make quality`: accuracy of a checkpoint by family, difficulty, depth, gate and mode.
+"""`make quality`: accuracy of a checkpoint by family, difficulty, depth, exit rule, gate and mode.
 
 Writes `quality.json`, `quality.md` and `quality.png` into `benchmarks/results/`. Figures of `skip`
 and `exact` come from the served engine (vLLM's `LLM`); other gates than the shipped one, and
@@ -36,6 +36,12 @@ from ouro_runtime.training.tasks import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.7, 0.8, 0.9)
+RULES = {
+    "margin": (0.5, 0.7, 0.8, 0.9, 0.95, 0.99),
+    "delta": (0.6, 0.5, 0.45, 0.4, 0.35, 0.3),
+}
+"""Exit rules beside the gate, with the thresholds of each in its own unit, the cheapest first."""
+
 MAX_TOKENS = 24
 SHIPPED = "shipped"
 
@@ -101,6 +107,7 @@ class EngineBackend:
                 "min_loops": c.min_loops,
                 "max_loops": c.max_loops,
                 "exit_mode": c.exit_mode,
+                "exit_rule": c.exit_rule,
             },
         )
         inputs = [{"prompt_token_ids": list(p)} for p in prompts]
@@ -109,11 +116,13 @@ class EngineBackend:
 
 
 def sweep(loops: int, gates: Sequence[str], thresholds: Sequence[float]) -> list[Setting]:
-    """Fixed depths; the shipped gate in every mode; the other gates in `skip`."""
+    """Fixed depths; the shipped gate in every mode; other rules and other gates in `skip`."""
     out = [Setting(SHIPPED, Controls(max_loops=d)) for d in range(1, loops + 1)]
     out.append(Setting(SHIPPED, Controls(max_loops=loops, exit_mode="shared")))
     for mode in MODES:
         out += [Setting(SHIPPED, Controls(q, 1, loops, mode)) for q in thresholds]
+    for rule, of_rule in RULES.items():
+        out += [Setting(SHIPPED, Controls(q, 1, loops, exit_rule=rule)) for q in of_rule]
     for gate in gates:
         out += [Setting(gate, Controls(q, 1, loops)) for q in thresholds]
     return out
@@ -146,17 +155,20 @@ def measure_reference(
 
 
 def measure_all(
-    settings: Sequence[Setting], model: Path, gates: Gates, problems: int, engine: bool
+    settings: Sequence[Setting],
+    model: Path,
+    gates: Gates,
+    problems: int,
+    engine: bool,
+    found: dict[Setting, tuple[str, Result]],
 ) -> list[tuple[str, Result]]:
-    """(backend, result) of every setting, in order. With `engine` it runs what it can run, and the
-    reference the rest, beside it in a process of its own."""
-    served = [
-        s for s in settings if engine and s.gate == SHIPPED and s.controls.exit_mode in SERVED
-    ]
-    rest = [s for s in settings if s not in served]
+    """(backend, result) of every setting, in order: those `found` before, and of the others with
+    `engine` what it can run, and the rest by the reference, beside it in a process of its own."""
+    left = [s for s in settings if s not in found]
+    served = [s for s in left if engine and s.gate == SHIPPED and s.controls.exit_mode in SERVED]
+    rest = [s for s in left if s not in served]
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         beside = pool.submit(measure_reference, rest, model, gates, problems)
-        found: dict[Setting, tuple[str, Result]] = {}
         if served:
             lm, tok = load(model)
             ran = measure(served, EngineBackend(model), problems, tok, lm.cfg.loops)
@@ -187,7 +199,7 @@ def report(results: list[Result], targets: list[Check], best: Result | None, fac
         head += [f"skip q={q:g}", "its mean depth"]
     points = [
         [
-            r.setting.gate if r.setting.controls.exit_threshold < 1 else "none",
+            "none" if r.setting.controls.off else r.setting.by,
             r.setting.controls.exit_mode,
             f"{r.setting.controls.exit_threshold:g}",
             str(r.setting.controls.max_loops),
@@ -209,7 +221,7 @@ def report(results: list[Result], targets: list[Check], best: Result | None, fac
             table(head, rows),
             "## Every setting, over the whole suite",
             table(
-                ("gate", "mode", "q", "max", "mean depth", "exact match %", "less fixed depth"),
+                ("by", "mode", "q", "max", "mean depth", "exact match %", "less fixed depth"),
                 points,
             ),
         ]
@@ -218,35 +230,37 @@ def report(results: list[Result], targets: list[Check], best: Result | None, fac
 
 def fixed_depths(results: Sequence[Result]) -> list[Result]:
     return [
-        r
-        for r in results
-        if r.setting.controls.exit_threshold >= 1 and r.setting.controls.exit_mode != "shared"
+        r for r in results if r.setting.controls.off and r.setting.controls.exit_mode != "shared"
     ]
 
 
-def gated(results: Sequence[Result], gate: str, mode: str) -> list[Result]:
+def gated(results: Sequence[Result], by: str, mode: str) -> list[Result]:
+    """What a gate, or another exit rule, gave in a mode."""
     return [
         r
         for r in results
-        if r.setting.gate == gate
+        if r.setting.by == by
         and r.setting.controls.exit_mode == mode
-        and r.setting.controls.exit_threshold < 1
+        and not r.setting.controls.off
     ]
 
 
 def picture(results: list[Result], best: Result | None, path: Path) -> None:
-    """Gates, modes, and depth by difficulty, side by side."""
+    """Exit rules, gates, modes, and depth by difficulty."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     fixed = fixed_depths(results)
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5))
+    figure, grid = plt.subplots(2, 2, figsize=(11, 8.5))
+    axes = grid.flatten()
     gates = [SHIPPED, *sorted({r.setting.gate for r in results} - {SHIPPED})]
+    rules = [("gate", SHIPPED), *((rule, rule) for rule in RULES)]
     curves = [
-        (axes[0], "gates (skip)", [(g, gated(results, g, "skip")) for g in gates]),
-        (axes[1], "modes (shipped gate)", [(m, gated(results, SHIPPED, m)) for m in MODES]),
+        (axes[0], "exit rules (skip)", [(n, gated(results, by, "skip")) for n, by in rules]),
+        (axes[1], "gates (skip)", [(g, gated(results, g, "skip")) for g in gates]),
+        (axes[2], "modes (shipped gate)", [(m, gated(results, SHIPPED, m)) for m in MODES]),
     ]
     for axis, title, series in curves:
         axis.plot(
@@ -258,7 +272,7 @@ def picture(results: list[Result], best: Result | None, path: Path) -> None:
         for name, points in series:
             if points:
                 xs, ys = [p.total().depth for p in points], [p.total().accuracy for p in points]
-                style = "-o" if name == SHIPPED or title.startswith("modes") else "--."
+                style = "-o" if name == SHIPPED or not title.startswith("gates") else "--."
                 axis.plot(xs, ys, style, label=name, alpha=0.8)
         axis.set(title=title, xlabel="mean depth of generated tokens", ylabel="exact match, %")
         axis.legend()
@@ -284,6 +298,18 @@ def picture(results: list[Result], best: Result | None, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def read_kept(path: Path, problems: int) -> dict[Setting, tuple[str, Result]]:
+    """(backend, result) of the settings in a `quality.json`; those of so many problems a cell."""
+    if not path.exists():
+        return {}
+    kept = [(r["backend"], Result.from_dict(r)) for r in json.loads(path.read_text())["results"]]
+    return {
+        result.setting: (backend, result)
+        for backend, result in kept
+        if all(score.problems == problems for score in result.cells.values())
+    }
+
+
 def read_gates(path: Path) -> Gates:
     if not path.exists():
         return {}
@@ -303,6 +329,12 @@ def main() -> None:
     p.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     p.add_argument("--problems", type=int, default=500, help="per family and difficulty")
     p.add_argument("--thresholds", type=float, nargs="+", default=THRESHOLDS)
+    p.add_argument(
+        "--keep",
+        action="store_true",
+        help="take what quality.json in --out has of as many problems, measure only the rest",
+    )
+    p.add_argument("--at-most", type=int, help="measure so many settings, leave the rest out")
     args = p.parse_args()
     start = time.monotonic()
     lm, _ = load(args.model)
@@ -313,15 +345,21 @@ def main() -> None:
     gates.pop(origin, None)
     settings = sweep(loops, sorted(gates), args.thresholds)
     engine = args.backend == "engine"
-    ran = measure_all(settings, args.model, gates, args.problems, engine)
+    found = read_kept(args.out / "quality.json", args.problems) if args.keep else {}
+    before = [s for s in settings if s in found]
+    if args.at_most is not None:
+        missing = [s for s in settings if s not in found][args.at_most :]
+        settings = [s for s in settings if s not in missing]
+    ran = measure_all(settings, args.model, gates, args.problems, engine, found)
     results = [r for _, r in ran]
     targets, best = checks(fixed_depths(results), gated(results, SHIPPED, "skip"))
     facts = (
         f"{args.problems} held-out problems per family and difficulty, greedy, float32. Fixed "
-        f"depths, `skip` and `exact` of the shipped gate: {args.backend}; `shared` and the "
-        f"other gates: reference. The shipped gate is `{origin}`. "
+        f"depths, `skip` and `exact` of the shipped gate, and the other rules: {args.backend}; "
+        f"`shared` and the other gates: reference. The shipped gate is `{origin}`. "
         f"torch {torch.__version__}, {platform.machine()} CPU, "
-        f"{(time.monotonic() - start) / 60:.0f} minutes."
+        f"{(time.monotonic() - start) / 60:.0f} minutes"
+        + (f" for the last {len(settings) - len(before)} settings." if before else ".")
     )
     args.out.mkdir(parents=True, exist_ok=True)
     page = {

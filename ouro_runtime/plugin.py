@@ -24,7 +24,7 @@ def register() -> None:
     from vllm.reasoning import ReasoningParserManager
     from vllm.transformers_utils.config import _CONFIG_REGISTRY
 
-    from ouro_runtime.config import OuroConfig
+    from ouro_runtime.checkpoint_config import OuroConfig
     from ouro_runtime.engine import admission, config_hook, core_process, outputs
     from ouro_runtime.engine.cpu import kernel_scan, registry
 

@@ -51,7 +51,8 @@ RULES = (
             "exit": ("ouro_runtime.engine", "ouro_runtime.loop"),
             "cache": ("ouro_runtime.engine", "ouro_runtime.loop"),
             "model": ("ouro_runtime.engine", "ouro_runtime.loop"),
-            "config": ("ouro_runtime.*",),
+            "checkpoint_config": ("ouro_runtime.*",),
+            "config": ("ouro_runtime.[!c]*", "ouro_runtime.cache"),
             "reports": ("ouro_runtime.*",),
             "metrics": ("ouro_runtime.engine", "ouro_runtime.loop", "ouro_runtime.model"),
         }.items()

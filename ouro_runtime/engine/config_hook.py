@@ -8,7 +8,8 @@ from typing import Any
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from ouro_runtime.config import SHARED, LoopConfig, check_config
+from ouro_runtime.checkpoint_config import check_config
+from ouro_runtime.config import GATE, SHARED, LoopConfig
 
 SCHEDULER = "ouro_runtime.engine.cpu.scheduler.OuroScheduler"
 CPU_WORKER = "ouro_runtime.engine.cpu.worker.OuroCPUWorker"
@@ -23,6 +24,11 @@ NO_CONNECTORS = (
     "K/V transfer: connectors (offloading included) do not know pages by loop, nor which "
     "positions have K/V that may be shared"
 )
+
+
+def reads_loops() -> bool:
+    """Whether the engine of this machine can read out, or compare, what each loop left."""
+    return current_platform.is_cpu()
 
 
 class UnsupportedError(ValueError):
@@ -117,6 +123,13 @@ def refuse(vllm_config: Any) -> None:
         (
             vllm_config.lora_config is not None and not current_platform.is_cpu(),
             "LoRA: only the CPU engine maps the rows of a pass to their adapters",
+        ),
+        (
+            LoopConfig.of(vllm_config).defaults.exit_rule != GATE and not reads_loops(),
+            (
+                "exit rules other than gate: only the CPU engine reads what a loop left, or "
+                "compares it with the loop before, between two passes"
+            ),
         ),
         (
             vllm_config.lora_config is not None and vllm_config.lora_config.fully_sharded_loras,

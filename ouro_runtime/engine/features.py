@@ -15,7 +15,9 @@ from vllm.v1.engine import EngineCoreRequest
 from ouro_runtime.config import (
     DEPTH_FIELDS,
     FORCED,
+    GATE,
     RETURN_LOOPS,
+    RULE,
     SHARED,
     DepthError,
     LoopConfig,
@@ -70,7 +72,7 @@ VLLMS = ("kv_cache_report_mode",)
 
 
 def check(
-    params: Any, config: LoopConfig, *, resumable: bool, open_args: bool, on_cpu: bool
+    params: Any, config: LoopConfig, *, resumable: bool, open_args: bool, reads_loops: bool
 ) -> None:
     """Refuse what a request asks for and would not get.
 
@@ -78,7 +80,8 @@ def check(
         params: vLLM's `SamplingParams`. config: the model's loops.
         resumable: whether the prompt may grow while the request runs.
         open_args: whether a logits processor of the user's may read other keys of `extra_args`.
-        on_cpu: whether it is the CPU engine, which can do more.
+        reads_loops: whether the engine can read out, or compare, what each loop left: not on CUDA,
+            where nothing comes back between two passes.
 
     Raises:
         DepthError: naming the field.
@@ -98,9 +101,14 @@ def check(
             raise DepthError(str(name), f"unknown field {name!r} in extra_args; known are {known}")
     if extra.get(RETURN_LOOPS) is not None:
         check_guesses(extra[RETURN_LOOPS])
-        if not on_cpu:
+        if not reads_loops:
             raise DepthError(RETURN_LOOPS, f"{RETURN_LOOPS} is not supported on CUDA yet")
-    if config.request(extra).exit_mode == SHARED and not on_cpu:
+    asked = config.request(extra)
+    if asked.exit_rule != GATE and not reads_loops:
+        raise DepthError(
+            RULE, f"{RULE} {asked.exit_rule!r} is not supported on CUDA yet, only {GATE!r}"
+        )
+    if asked.exit_mode == SHARED and not reads_loops:
         raise DepthError("exit_mode", NO_SHARED)
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from ouro_runtime.loop.greedy import largest
+
 NOT_RUN = -1
 """Stands for the token ids of a loop that did not run."""
 
@@ -77,5 +79,5 @@ def likeliest(logits: torch.Tensor, most: int) -> tuple[np.ndarray, np.ndarray]:
     """Of logits [M, vocab] the `most` likeliest tokens (fewer in a smaller vocabulary), in order:
     ids and log-probabilities [M, most]."""
     logprobs = logits.float().log_softmax(-1)
-    top = logprobs.topk(min(most, logprobs.shape[-1]))
-    return top.indices.numpy(), top.values.numpy()
+    values, ids = largest(logprobs, min(most, logprobs.shape[-1]))
+    return ids.numpy(), values.numpy()

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 from vllm.outputs import CompletionOutput, RequestOutput
-from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tokenizers.detokenizer_utils import convert_ids_list_to_tokens
 from vllm.v1.engine import EngineCoreOutput
@@ -30,12 +29,15 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from ouro_runtime.config import LoopConfig
 from ouro_runtime.engine import features, guesses
 from ouro_runtime.engine.admission import hold_to_pool
+from ouro_runtime.engine.config_hook import reads_loops
 from ouro_runtime.engine.pin import SeamError, check_parameters
 from ouro_runtime.engine.step_output import COUNTS, unpack_cdf
 from ouro_runtime.pace import Pace
 from ouro_runtime.reports import PARTS, Delivery, DepthReport, Finished, StepReport
 
 REPORT_ID = "ouro-step-report"
+AUDIT_ID = "ouro-audit-"
+"""How the ids of requests begin that are the server's own: no statistics count them."""
 OF_TOKENS = (*COUNTS, "exit_cdf", "loops")
 """What a `CompletionOutput` says of its tokens, beside their ids."""
 
@@ -106,10 +108,10 @@ def _validate_requests() -> None:
                 LoopConfig.of(self.vllm_config),
                 resumable=bool(given.get("resumable")),
                 open_args=bool(self.vllm_config.model_config.logits_processors),
-                on_cpu=current_platform.is_cpu(),
+                reads_loops=reads_loops(),
             )
         request = process_inputs(self, request_id, prompt, params, *a, **k)
-        if is_ouro(self.vllm_config) and current_platform.is_cpu():
+        if is_ouro(self.vllm_config) and reads_loops():
             config, parallel = self.vllm_config, self.vllm_config.parallel_config
             engines = parallel.data_parallel_size
             hold_to_pool(request, LoopConfig.of(config), config.cache_config, engines)
@@ -136,6 +138,7 @@ def _read_reports() -> None:
         if own:
             engine_core_outputs = [o for o in engine_core_outputs if o.request_id != REPORT_ID]
             report.steps = [unpack_report(o.routed_experts) for o in own]
+        engine_core_outputs, audits = _apart(self, engine_core_outputs)
         states = {
             o.request_id: self.request_states.get(o.request_id)
             for o in engine_core_outputs
@@ -145,6 +148,10 @@ def _read_reports() -> None:
         result = process_outputs(
             self, engine_core_outputs, engine_core_timestamp, iteration_stats, *a, **k
         )
+        if audits:
+            quiet = process_outputs(self, audits, engine_core_timestamp, None, *a, **k)
+            result.request_outputs += quiet.request_outputs
+            result.reqs_to_abort += quiet.reqs_to_abort
         if iteration_stats is not None:
             now = time.monotonic()
             for request_id, count in before.items():
@@ -166,6 +173,16 @@ def _read_reports() -> None:
         return result
 
     OutputProcessor.process_outputs = reading
+
+
+def _apart(
+    processor: Any, outputs: list[EngineCoreOutput]
+) -> tuple[list[EngineCoreOutput], list[EngineCoreOutput]]:
+    """Users' outputs, and those of audits. A processor that traces needs statistics of all."""
+    if processor.tracing_enabled or not any(o.request_id.startswith(AUDIT_ID) for o in outputs):
+        return outputs, []
+    users = [o for o in outputs if not o.request_id.startswith(AUDIT_ID)]
+    return users, [o for o in outputs if o.request_id.startswith(AUDIT_ID)]
 
 
 @dataclass

@@ -6,7 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from ouro_runtime.config import LOSSLESS, RETURN_LOOPS, SHARED, ExitParams, LoopConfig
+from ouro_runtime.config import (
+    DELTA,
+    GATE,
+    LOSSLESS,
+    MARGIN,
+    RETURN_LOOPS,
+    SHARED,
+    ExitParams,
+    LoopConfig,
+)
 from ouro_runtime.engine.guesses import Guesses
 from ouro_runtime.loop.draws import Draws
 from ouro_runtime.loop.limits import deepest_loop, last_readout
@@ -86,13 +95,16 @@ class LoopRequest:
             drafts: whether drafts pay; a request that says itself where to draft is not asked.
         """
         params = self.params
+        guided = params.guided and params.exit_mode == LOSSLESS
         return Work(
             start=start,
             count=count,
             known=known,
             prompt=self.prompt,
             last=last_readout(self.prompt, self.max_tokens, max_model_len),
-            threshold=params.gate_threshold,
+            threshold=params.threshold_of(GATE),
+            margin=1.0 if guided else params.threshold_of(MARGIN),
+            delta=0.0 if guided else params.threshold_of(DELTA),
             min_loops=params.min_loops,
             max_loops=params.max_loops,
             deepest=self.deepest,
@@ -101,7 +113,7 @@ class LoopRequest:
             lossless=params.exit_mode == LOSSLESS,
             shared=self.shared,
             drafts=drafts or not params.guided,
-            guided=params.guided and params.exit_mode == LOSSLESS,
+            guided=guided,
             seat=self.slot,
             single=self.single,
             depths=self.depths,

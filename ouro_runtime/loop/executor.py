@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from ouro_runtime.exit.gate import survive
-from ouro_runtime.exit.policy import exit_mask
+from ouro_runtime.exit.policy import delta_fires, exit_mask, gate_fires, margin_fires
+from ouro_runtime.exit.readings import change, margin
 from ouro_runtime.loop.drafts import DraftRule
 from ouro_runtime.loop.planner import StepPlan
 from ouro_runtime.loop.rows import HEAD, NOBODY, NONE, Carried, Left, Move, Readout, Rows, Segments
@@ -126,8 +127,17 @@ class StepExecutor:
             result.pass_rows.append(len(rows))
             result.rows_by_loop += np.bincount(rows.loop, minlength=self.loops)
             runner.prepare(rows, plan.segments())
+            moved = plan.undecided(plan.delta > 0.0, least=2) if plan.compares else NONE
+            before = _pick(hidden, moved) if len(moved) else hidden
             hidden, halt = runner.run_pass(hidden, rows)
-            out = plan.readout(self._exits(plan, halt))
+            rows.survival = survive(rows.survival, halt.numpy())
+            fires = gate_fires(rows.survival, plan.threshold[rows.req])
+            if len(moved):
+                changes = change(before, _pick(hidden, moved))
+                fires[moved] = delta_fires(changes, plan.delta[rows.req[moved]])
+            if plan.reads_out:
+                self._read_margins(plan, hidden, runner, fires)
+            out = plan.readout(self._exits(plan, fires))
             tokens, finished = self._read_out(plan, out, hidden, runner, result)
             if plan.drafting:
                 self._learn(plan, out, tokens)
@@ -159,12 +169,20 @@ class StepExecutor:
         states = torch.stack([carried.hidden for _, carried in plan.restore])
         return hidden.index_copy_(0, index, states)
 
-    def _exits(self, plan: StepPlan, halt: torch.Tensor) -> np.ndarray:
-        """Update survival and apply the exit rule to every row: [N] bool."""
-        rows = plan.rows
-        rows.survival = survive(rows.survival, halt.numpy())
-        threshold, depth = plan.threshold[rows.req], rows.loop + 1
-        exits = exit_mask(rows.survival, depth, threshold, rows.low, rows.high, self.loops)
+    def _read_margins(
+        self, plan: StepPlan, hidden: torch.Tensor, runner: PassRunner, fires: np.ndarray
+    ) -> None:
+        """Read this loop out for the rows that the rule `margin` decides, and note where it
+        fires."""
+        read = plan.undecided(plan.margin < 1.0)
+        if len(read):
+            margins = margin(runner.read_out(_pick(hidden, read)))
+            fires[read] = margin_fires(margins, plan.margin[plan.rows.req[read]])
+
+    def _exits(self, plan: StepPlan, fires: np.ndarray) -> np.ndarray:
+        """Which rows leave, of [N] bool whose exit rule fires: [N] bool."""
+        rows, depth = plan.rows, plan.rows.loop + 1
+        exits = exit_mask(fires, depth, rows.low, rows.high, self.loops)
         if not plan.drafting:
             return exits
         guided = plan.guided[rows.req] & (rows.stop == HEAD) & (depth < self.loops)

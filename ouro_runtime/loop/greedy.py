@@ -1,7 +1,9 @@
-"""Argmax over the vocabulary, in the logits' own precision.
+"""Largest entries over the vocabulary, the same ones whoever else is in the batch.
 
-After every pass some rows are read out, and vLLM's sampler would copy their logits to float32
-before it looks at them.
+`argmax` works in the logits' own precision: after every pass some rows are read out, and vLLM's
+sampler would copy their logits to float32 before it looks at them. `largest` is `torch.topk` with
+its ties settled: which of equal entries topk gives depends on k, and a batch's k is that of the
+request that asked for most.
 """
 
 from __future__ import annotations
@@ -29,3 +31,30 @@ def argmax(logits: torch.Tensor) -> np.ndarray:
     for row in np.nonzero(bits[np.arange(len(bits)), tokens] <= 0)[0]:
         tokens[row] = logits[row].argmax()
     return tokens
+
+
+def largest(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` largest of each row, largest first, of equal ones the lower index first.
+
+    So the first k of them do not depend on `count`.
+
+    Args:
+        scores: [M, vocab] floats; -inf is a score like others, rows with NaN are as topk has them.
+        count: 0 to vocab.
+
+    Returns:
+        Values and indices [M, count], the indices int64.
+    """
+    values, indices = scores.topk(count, dim=-1)
+    if not count:
+        return values, indices
+    least = values[:, -1:]
+    above, equal = scores > least, scores == least
+    missing = count - above.sum(-1, keepdim=True)
+    taken = above | (equal & (equal.cumsum(-1) <= missing))
+    settled = torch.nonzero(taken.sum(-1) == count).view(-1)
+    places = taken[settled].nonzero()[:, 1].view(-1, count)
+    held = scores[settled].gather(-1, places)
+    held, order = held.sort(dim=-1, descending=True, stable=True)
+    values[settled], indices[settled] = held, places.gather(-1, order)
+    return values, indices

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ouro_runtime.config import LOSSLESS, ExitParams
+from ouro_runtime.config import GATE, LOSSLESS, ExitParams
 from ouro_runtime.loop.limits import forced_place
 
 
@@ -70,7 +70,7 @@ class LaneBook:
             params = ExitParams(1.0, 1, self.loops, LOSSLESS)
         forced = params.forced_depths
         self.low[slot], self.high[slot] = params.min_loops, params.max_loops
-        self.threshold[slot] = params.gate_threshold
+        self.threshold[slot] = params.threshold_of(GATE)
         self.single[slot] = single
         self._phases[slot] = 1
         self._token[slot] = token

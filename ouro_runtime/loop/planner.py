@@ -54,6 +54,9 @@ class StepPlan:
         self.loops = self.passes_left = loops
         self.work = work
         self.threshold = np.array([w.threshold for w in work], np.float32)
+        self.margin = np.array([w.margin for w in work], np.float32)
+        self.delta = np.array([w.delta for w in work], np.float32)
+        self.reads_out, self.compares = bool((self.margin < 1).any()), bool((self.delta > 0).any())
         self._prompt = np.array([w.prompt for w in work], np.int64)
         self._last = np.array([w.last for w in work], np.int64)
         self._exact = np.array([w.exact for w in work], bool)
@@ -138,41 +141,23 @@ class StepPlan:
     def segments(self) -> Segments:
         """The sequences of the next pass."""
         if self._segments is None:
-            self._segments = self._find_segments()
+            self._segments = Segments.of(self.rows)
         return self._segments
-
-    def _find_segments(self) -> Segments:
-        rows = self.rows
-        n = len(rows)
-        if n == 1 or (rows.req[1:] != rows.req[:-1]).all():
-            return Segments(
-                first=np.arange(n + 1, dtype=np.int32),
-                req=rows.req,
-                loop=rows.loop.copy(),
-                seq_len=(rows.pos + 1).astype(np.int32),
-                max_query=1,
-            )
-        starts = np.ones(n, bool)
-        starts[1:] = (
-            (rows.req[1:] != rows.req[:-1])
-            | (rows.loop[1:] != rows.loop[:-1])
-            | (rows.pos[1:] != rows.pos[:-1] + 1)
-        )
-        begin = np.nonzero(starts)[0]
-        first = np.append(begin, n).astype(np.int32)
-        last = first[1:] - 1
-        return Segments(
-            first=first,
-            req=rows.req[begin],
-            loop=rows.loop[begin],
-            seq_len=(rows.pos[last] + 1).astype(np.int32),
-            max_query=int((first[1:] - first[:-1]).max()),
-        )
 
     def draftable(self) -> np.ndarray:
         """[N] bool: rows whose token may be drafted; a draft of the last would start nothing."""
         req = self.rows.req
         return self._drafts[req] & (self.rows.pos < self._last[req])
+
+    def undecided(self, asked: np.ndarray, least: int = 1) -> np.ndarray:
+        """Rows [M] of the requests `asked` [R] bool for whom the pass at hand is the `least`-th or
+        later and an exit rule, not a limit, says whether they are read out after it."""
+        rows, depth = self.rows, self.rows.loop + 1
+        low = np.maximum(rows.low, least)
+        open_ = asked[rows.req] & (rows.stop == HEAD) & (depth >= low) & (depth < rows.high)
+        if self.drafting:
+            open_ &= ~self._lossless[rows.req] | self.draftable()
+        return np.nonzero(open_)[0]
 
     def readout(self, exits: np.ndarray) -> Readout:
         """Count the loop just run and name the rows that are read out.

@@ -39,7 +39,9 @@ class Work:
         known: tokens known so far; position `known - 1` is the head's.
         prompt: tokens of the original prompt.
         last: the last position that may be read out (token and length limits).
-        threshold, min_loops, max_loops: exit controls; `forced`, if any, [F] depths by token.
+        threshold, margin, delta: of the exit rules `gate`, `margin` and `delta` (`exit/policy.py`),
+            all but the request's own turned off.
+        min_loops, max_loops: limits of its depths; `forced`, if any, [F] depths by token.
         deepest: no position runs a loop after this one, since nobody can read it; 0 for T.
         exact: K/V mode `exact`; lossless: `lossless`; shared: `shared`; none of them: `skip`.
         drafts: a lossless request may be drafted in this step.
@@ -56,6 +58,8 @@ class Work:
     prompt: int
     last: int
     threshold: float = 1.0
+    margin: float = 1.0
+    delta: float = 0.0
     min_loops: int = 1
     max_loops: int = 1
     deepest: int = 0
@@ -122,6 +126,35 @@ class Segments:
     loop: np.ndarray
     seq_len: np.ndarray
     max_query: int
+
+    @classmethod
+    def of(cls, rows: Rows) -> Segments:
+        """The sequences of `rows`, in their order."""
+        n = len(rows)
+        if n == 1 or (rows.req[1:] != rows.req[:-1]).all():
+            return cls(
+                first=np.arange(n + 1, dtype=np.int32),
+                req=rows.req,
+                loop=rows.loop.copy(),
+                seq_len=(rows.pos + 1).astype(np.int32),
+                max_query=1,
+            )
+        starts = np.ones(n, bool)
+        starts[1:] = (
+            (rows.req[1:] != rows.req[:-1])
+            | (rows.loop[1:] != rows.loop[:-1])
+            | (rows.pos[1:] != rows.pos[:-1] + 1)
+        )
+        begin = np.nonzero(starts)[0]
+        first = np.append(begin, n).astype(np.int32)
+        last = first[1:] - 1
+        return cls(
+            first=first,
+            req=rows.req[begin],
+            loop=rows.loop[begin],
+            seq_len=(rows.pos[last] + 1).astype(np.int32),
+            max_query=int((first[1:] - first[:-1]).max()),
+        )
 
 
 @dataclass

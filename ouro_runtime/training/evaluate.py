@@ -2,8 +2,8 @@
 
 import itertools
 import random
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -25,11 +25,16 @@ class Setting:
     controls: Controls
 
     @property
+    def by(self) -> str:
+        """What tokens leave by: the gate, or the name of another exit rule."""
+        return self.gate if self.controls.exit_rule == "gate" else self.controls.exit_rule
+
+    @property
     def label(self) -> str:
         c = self.controls
-        if c.exit_threshold >= 1:
+        if c.off:
             return f"{c.exit_mode} depth {c.max_loops}"
-        return f"{self.gate} {c.exit_mode} q={c.exit_threshold:g}"
+        return f"{self.by} {c.exit_mode} q={c.exit_threshold:g}"
 
 
 @dataclass
@@ -66,6 +71,17 @@ class Result:
             sum(s.tokens for s in chosen),
             [sum(n) for n in zip(*(s.histogram for s in chosen), strict=True)],
         )
+
+    @classmethod
+    def from_dict(cls, kept: Mapping[str, Any]) -> "Result":
+        """The inverse of `to_dict`."""
+        controls = {f.name: kept[f.name] for f in fields(Controls) if f.name in kept}
+        names = [f.name for f in fields(Score)]
+        cells = {
+            (cell["family"], cell["level"]): Score(**{name: cell[name] for name in names})
+            for cell in kept["cells"]
+        }
+        return cls(Setting(kept["gate"], Controls(**controls)), cells)
 
     def to_dict(self) -> dict[str, Any]:
         return {

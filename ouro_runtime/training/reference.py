@@ -19,12 +19,18 @@ MODES = ("skip", "exact", "shared")
 
 @dataclass(frozen=True)
 class Controls:
-    """A request's depth controls; `exit_threshold` >= 1 runs to `max_loops`."""
+    """A request's depth controls, as `ouro_runtime.config` says them."""
 
     exit_threshold: float = 1.0
     min_loops: int = 1
     max_loops: int = 4
     exit_mode: str = "skip"
+    exit_rule: str = "gate"
+
+    @property
+    def off(self) -> bool:
+        """Whether the exit rule never fires: `max_loops` loops run."""
+        return self.exit_threshold == 0 if self.exit_rule == "delta" else self.exit_threshold >= 1
 
 
 @dataclass
@@ -49,13 +55,18 @@ def exit_depths(lambdas: Tensor, controls: Controls) -> Tensor:
 
     CDF(n) = 1 - prod_{j<=n} (1 - lambda_j), in fp32; q >= 1 never fires.
     """
-    loops, count = lambdas.shape
+    return first_fired(1 - (1 - lambdas.float()).cumprod(0) >= controls.exit_threshold, controls)
+
+
+def first_fired(fires: Tensor, controls: Controls) -> Tensor:
+    """Depth [N], 1-based int64: the first loop of `fires` [T, N] bool within the limits, else the
+    last one that they allow."""
+    loops, count = fires.shape
     last = min(controls.max_loops, loops)
-    depth = torch.full((count,), last, device=lambdas.device)
-    if controls.exit_threshold < 1:
-        cdf = 1 - (1 - lambdas.float()).cumprod(0)
+    depth = torch.full((count,), last, device=fires.device)
+    if not controls.off:
         for n in range(last - 1, controls.min_loops - 1, -1):
-            depth = torch.where(cdf[n - 1] >= controls.exit_threshold, n, depth)
+            depth = torch.where(fires[n - 1], n, depth)
     return depth
 
 
@@ -68,6 +79,21 @@ class Reference:
             model.model.early_exit_gate.weight[0].detach(),
             model.model.early_exit_gate.bias[0].detach(),
         )
+
+    @torch.no_grad()
+    def depths(self, states: Tensor, controls: Controls) -> Tensor:
+        """Depth [B] of states [T, B, D] by the exit rule of `controls`."""
+        q = controls.exit_threshold
+        if controls.exit_rule == "margin":
+            top = self.model.lm_head(states).float().softmax(-1).topk(2).values
+            return first_fired(top[..., 0] - top[..., 1] >= q, controls)
+        if controls.exit_rule == "delta":
+            moved = (states[1:] - states[:-1]).float().norm(dim=-1)
+            change = moved / states[1:].float().norm(dim=-1)
+            never = torch.zeros_like(change[:1], dtype=torch.bool)
+            return first_fired(torch.cat([never, change <= q]), controls)
+        lambdas = torch.sigmoid((states.float() @ self.gate[0].float()) + self.gate[1].float())
+        return exit_depths(lambdas, controls)
 
     @torch.no_grad()
     def _run(self, ids: Tensor, positions: Tensor, bias: Tensor, cache: Cache) -> Tensor:
@@ -124,8 +150,7 @@ class Reference:
         depths: list[list[int]] = [[] for _ in range(rows)]
         live = torch.arange(rows)
         for n in range(max_tokens):
-            lambdas = torch.sigmoid((states.float() @ self.gate[0].float()) + self.gate[1].float())
-            depth = exit_depths(lambdas, controls)
+            depth = self.depths(states, controls)
             if n:
                 stand_in(cache, depth, controls.exit_mode)
             picked = states[depth - 1, torch.arange(len(depth))]

@@ -1,7 +1,7 @@
 """What the command line must know of a checkpoint before vLLM loads it."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,18 +9,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 import ouro_runtime
-from ouro_runtime.config import (
-    DRAFTS,
-    ConfigError,
-    DepthError,
-    LoopConfig,
-    OuroConfig,
-    check_config,
-    check_drafts,
-    check_loops,
-    check_mode,
-    check_threshold,
-)
+from ouro_runtime.checkpoint_config import MOST_LOOPS, ConfigError, OuroConfig, check_config
+from ouro_runtime.config import LoopConfig
 from ouro_runtime.model.checkpoint import CheckpointError, Sizes, check_checkpoint, read_json
 
 SHIPPED_NAME = "ouro-mini"
@@ -44,6 +34,16 @@ class RefusedError(Exception):
 def shipped() -> Path:
     """The folder of the checkpoint that comes with the package."""
     return Path(ouro_runtime.__file__).parent / "checkpoints" / SHIPPED_NAME
+
+
+def is_shipped(model: str) -> bool:
+    """Whether a user means the shipped checkpoint by its name; a folder of that name is theirs."""
+    return model == SHIPPED_NAME and not Path(model).is_dir()
+
+
+def locate(model: str) -> str:
+    """Where a model is: the shipped checkpoint's folder for its name, else what was said."""
+    return str(shipped()) if is_shipped(model) else model
 
 
 def read_config(model: str) -> dict[str, Any] | None:
@@ -107,20 +107,8 @@ def check_depth_defaults(config: dict[str, Any] | None, depth: dict[str, Any]) -
     Raises:
         DepthError: naming the option.
     """
-    if config is not None:
-        LoopConfig.parse(SimpleNamespace(**config), depth)
-        return
-    checks: dict[str, Callable[[Any], object]] = {
-        "exit_threshold": check_threshold,
-        "exit_mode": check_mode,
-        "min_loops": lambda v: check_loops("min_loops", v, ANY_LOOPS),
-        "max_loops": lambda v: check_loops("max_loops", v, ANY_LOOPS),
-        DRAFTS: check_drafts,
-    }
-    for name, value in depth.items():
-        if name not in checks:
-            raise DepthError(name, f"unknown setting {name!r} of ouro")
-        checks[name](value)
+    known = {"total_ut_steps": MOST_LOOPS} if config is None else config
+    LoopConfig.parse(SimpleNamespace(**known), depth)
 
 
 def check_files(model: str, weights: bool = True) -> None:

@@ -29,16 +29,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(argv)
     depth = settings.depth_settings(options)
     model = settings.guess_model(rest)
-    if model is None and settings.names_no_model(rest):
+    if model is not None:
+        model = checkpoint.locate(model)
+    elif settings.names_no_model(rest):
         model = str(checkpoint.shipped())
     try:
         # What can be told before vLLM is imported; `_serve` checks again when all is known.
         config = None if model is None else checkpoint.read_config(model)
         checkpoint.check_depth_defaults(config, depth)
         _check_presets(options.presets, config)
-        target_ms = settings.target_tpot_ms(options)
+        targets = settings.Targets.of(options)
         _prepare_environment(argv, local_model=config is not None)
-        return _serve(rest, depth, options.presets, target_ms)
+        return _serve(rest, depth, options.presets, targets)
     except DepthError as error:
         return _fail(_in_terms_of_options(error))
     except (checkpoint.RefusedError, PresetError) as error:
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(
-    rest: Sequence[str], depth: dict[str, object], presets: Path, target_ms: float | None
+    rest: Sequence[str], depth: dict[str, object], presets: Path, targets: settings.Targets
 ) -> int:
     from ouro_server import launch
 
@@ -57,10 +59,9 @@ def _serve(
     checkpoint.check_depth_defaults(config, merged["ouro"])
     book = _check_presets(presets, config)
     args.presets = presets
-    args.target_tpot_ms = target_ms
+    args.targets = targets
     launch.check_paths(args)
-    if target_ms is not None:
-        launch.check_steering(args, book)
+    launch.check_targets(args, book, merged["ouro"])
     if config is not None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         checkpoint.check_files(args.model, args.load_format in ("auto", "safetensors"))

@@ -78,6 +78,10 @@ class Controller:
             self._slack_since = None
         return self.pressure
 
+    def limit(self, most: float) -> None:
+        """More pressure than `most` would have no effect, so none is wound up."""
+        self.pressure = min(self.pressure, most)
+
     def _rise(self, now: float, level: float) -> None:
         law = self.law
         if self._fell:
@@ -102,13 +106,20 @@ class Controller:
             self.moved_at = now
 
 
-def thresholds(pressure: float, ceiling: float, floors: Mapping[str, float]) -> dict[str, float]:
+def thresholds(
+    pressure: float,
+    ceiling: float,
+    floors: Mapping[str, float],
+    allowed: Mapping[str, float] | None = None,
+) -> dict[str, float]:
     """Each priority class's default threshold under `pressure`.
 
     It lies between the operator's default (`ceiling`) and the class's floor, in proportion: the
-    class with the lowest floor gives up most. A floor above the ceiling leaves the ceiling.
+    class with the lowest floor gives up most. A floor above the ceiling leaves the ceiling. A class
+    in `allowed` is under no more pressure than is said there.
     """
+    allowed = allowed or {}
     return {
-        name: round(ceiling - pressure * max(ceiling - floor, 0.0), 4)
+        name: round(ceiling - min(pressure, allowed.get(name, 1.0)) * max(ceiling - floor, 0.0), 4)
         for name, floor in floors.items()
     }

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ouro_runtime.config import DEPTH_FIELDS, DepthError, ExitParams, check_threshold
+from ouro_runtime.config import DEPTH_FIELDS, RULES, DepthError, ExitParams, check_threshold
 
 
 class Defaults:
@@ -28,10 +28,20 @@ class Defaults:
         """The operator's defaults, which complete the controls that a request does set."""
         return self._base
 
+    @property
+    def whole(self) -> bool:
+        """Whether the operator's defaults run every loop."""
+        off = RULES[self._base.exit_rule][1]
+        return self._base.exit_threshold == off and self._base.max_loops == self._loops
+
+    def at(self, threshold: float) -> ExitParams:
+        """The controls of a request that sets none, at another threshold."""
+        return replace(self._base, exit_threshold=threshold)
+
     def for_class(self, priority_class: str | None) -> ExitParams:
         """The controls of a request of this class that sets none."""
         threshold = self._steered.get(priority_class) if priority_class is not None else None
-        return self._base if threshold is None else replace(self._base, exit_threshold=threshold)
+        return self._base if threshold is None else self.at(threshold)
 
     def change(self, fields: Mapping[str, Any]) -> None:
         """Set some of the operator's defaults, all or none; null is unset, as in a request.

@@ -1,26 +1,30 @@
 """`/v1/depth`: what the served model's loops are, and the defaults, which may be changed."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Depends, HTTPException, Request
 
-from ouro_runtime.config import DepthError
+from ouro_runtime.config import GATE, RULE, RULES, DepthError, check_rule
 from ouro_runtime.loop.limits import pages_per_token
 from ouro_server.depth import shortened
 from ouro_server.honest_status import reads_requests
 from ouro_server.json_body import check_body
 from ouro_server.schemas import (
+    AgreementInfo,
+    ClassAgreement,
     ControllerInfo,
     DepthControls,
     DepthDefaults,
     DepthInfo,
     PresetInfo,
     PriorityClassInfo,
+    RuleInfo,
 )
 from ouro_server.served import ServedDepth
 from ouro_server.steering import Steering
-from ouro_server.vllm_api import ErrorResponse, current_platform, validate_json_request
+from ouro_server.vllm_api import ErrorResponse, validate_json_request
 
 _CHANGE: dict[str, Any] = {
     "requestBody": {
@@ -63,6 +67,7 @@ def build_depth_router() -> APIRouter:
         if not isinstance(fields, dict):
             raise HTTPException(400, "the body must be an object of depth controls")
         try:
+            check_rule_of(served, fields)
             served.defaults.change(fields)
         except DepthError as error:
             raise shortened(error) from None
@@ -71,16 +76,31 @@ def build_depth_router() -> APIRouter:
     return router
 
 
+def check_rule_of(served: ServedDepth, fields: Mapping[str, Any]) -> None:
+    """DepthError for an exit rule that no default of this server may have."""
+    rule = fields.get(RULE)
+    if rule is None or check_rule(rule) == GATE:
+        return
+    if rule not in served.rules:
+        raise DepthError(RULE, f"{RULE} {rule!r} is not supported on CUDA yet, only {GATE!r}")
+    if served.steering is not None:
+        raise DepthError(
+            RULE, f"{RULE} must stay gate: this server's target moves the threshold of that rule"
+        )
+
+
 def depth_info(served: ServedDepth) -> DepthInfo:
     """What `/v1/depth` answers."""
     book, defaults = served.book, served.defaults
     in_force = defaults.for_class(book.default_class)
-    pages = pages_per_token(served.loops, by_loop=current_platform.is_cpu())
+    pages = pages_per_token(served.loops, by_loop=served.reads_loops)
     return DepthInfo(
         model=served.model,
         loops=served.loops,
         modes=list(pages),
         pages_per_token=pages,
+        rules={name: RuleInfo(most=RULES[name][0], off=RULES[name][1]) for name in served.rules},
+        return_loops=served.reads_loops,
         drafts=served.drafts,
         defaults=DepthDefaults.model_validate(asdict(in_force)),
         presets={
@@ -97,16 +117,41 @@ def depth_info(served: ServedDepth) -> DepthInfo:
         },
         default_priority_class=book.default_class,
         controller=controller_info(served.steering),
+        audit=served.audit_share,
+        agreement=agreement_info(served.steering),
+        gave_way=list(served.steering.gave_way) if served.steering else [],
     )
 
 
 def controller_info(steering: Steering | None) -> ControllerInfo:
     """The controller's part of it."""
-    if steering is None:
+    if steering is None or steering.law is None:
         return ControllerInfo()
     return ControllerInfo(
         active=steering.active,
         target_tpot_ms=1000 * steering.law.target,
         p95_tpot_ms=None if steering.p95 is None else round(1000 * steering.p95, 3),
         pressure=round(steering.pressure, 4),
+    )
+
+
+def agreement_info(steering: Steering | None) -> AgreementInfo:
+    """The target agreement's part of it."""
+    agreement = steering.agreement if steering else None
+    if steering is None or agreement is None:
+        return AgreementInfo()
+    return AgreementInfo(
+        active=steering.active,
+        target=agreement.rule.target,
+        confidence=agreement.rule.confidence,
+        priority_classes={
+            name: ClassAgreement(
+                proven=agreement.proven(name),
+                trial=agreement.trial(name),
+                audits=ladder.audits,
+                needed=agreement.needed(name),
+                lost=ladder.missed,
+            )
+            for name, ladder in agreement.ladders.items()
+        },
     )

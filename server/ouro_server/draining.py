@@ -33,13 +33,14 @@ class Drain:
     Attributes:
         stopping: it does not.
         running: HTTP requests that are being handled, but for those that only look.
+        told: set when the server was told to stop.
     """
 
     def __init__(self) -> None:
         self.stopping = False
         self.running = 0
         self.over = asyncio.Event()
-        self._told = asyncio.Event()
+        self.told = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -48,7 +49,7 @@ class Drain:
         if self.stopping:
             self.over.set()
         self.stopping = True
-        self._told.set()
+        self.told.set()
 
     def enter(self) -> None:
         """A request begins."""
@@ -64,7 +65,7 @@ class Drain:
     async def finish(self, grace: float) -> None:
         """Return when the server was told to stop and nothing runs: after `grace` seconds, or when
         told again, what still runs is ended."""
-        await self._told.wait()
+        await self.told.wait()
         if self.running:
             print(
                 f"Ouro Serve stops: requests that run ({self.running}) have {grace:g} s to finish; "

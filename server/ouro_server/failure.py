@@ -16,6 +16,11 @@ from ouro_server.vllm_api import current_platform
 _CORE = re.compile(r"Failed core proc\(s\): \{[^}]*: (-?\d+)\}")
 _WORKER = re.compile(r"Worker failed with error ['\"](.*)['\"], please check the stack trace.*")
 _SMALL_POOL = re.compile(r"Try increasing `gpu_memory_utilization`.*")
+_FEW_NODES = "Please try to bind threads manually or decrease DP/TP/PP."
+_BIND = (
+    "Set VLLM_CPU_OMP_THREADS_BIND in the environment: nobind lets the ranks share all cores, a "
+    "list such as 0-3|4-7 gives each its own."
+)
 _NO_MEMORY = "can't allocate memory"
 _NO_COMPILER = "No working C++ compiler found"
 KILLED = -9
@@ -46,6 +51,8 @@ def why(error: Exception, args: Namespace, folder: Path) -> str:
         text = died(int(core[1]))
     if _SMALL_POOL.search(text):
         return _SMALL_POOL.sub(_advice(args), text)
+    if _FEW_NODES in text:
+        return text.replace(_FEW_NODES, _BIND)
     if _NO_MEMORY in text:
         return f"the model and its K/V do not fit into memory ({text})"
     if _NO_COMPILER in text:

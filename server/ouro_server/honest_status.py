@@ -32,11 +32,13 @@ class Progress:
         reading: its endpoint is one that reads what clients send.
         admitted: the engine has it.
         fields: names of the fields of its body.
+        resolved: what its depth was resolved to; None where its endpoint knows none.
     """
 
     reading: bool = False
     admitted: bool = False
     fields: Collection[str] = ()
+    resolved: Any = None
 
 
 _progress: ContextVar[Progress] = ContextVar("progress")

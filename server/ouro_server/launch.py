@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import yaml
 
+from ouro_runtime.config import GATE, LOSSLESS, RULE
 from ouro_server import checkpoint, settings
 from ouro_server.cli import plain
 from ouro_server.presets import PresetBook
@@ -90,12 +91,13 @@ def parse_engine(model: str, argv: Sequence[str]) -> argparse.Namespace:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """vLLM's options, MODEL in `model`: the shipped checkpoint unless one was named."""
+    """vLLM's options, MODEL in `model`: the shipped checkpoint if none, or its name, was given."""
     parser = build_parser()
     args = parser.parse_args(list(argv))
+    unnamed = args.model_tag is None and args.model == parser.get_default("model")
     if args.model_tag is not None:
         args.model = args.model_tag
-    elif args.model == parser.get_default("model"):
+    if unnamed or checkpoint.is_shipped(args.model):
         args.model = str(checkpoint.shipped())
         args.served_model_name = args.served_model_name or [checkpoint.SHIPPED_NAME]
         outputs = args.structured_outputs_config
@@ -168,24 +170,56 @@ def check_paths(args: argparse.Namespace) -> None:
         raise checkpoint.RefusedError(f"--uds: {args.uds} is in no folder that exists")
 
 
-def check_steering(args: argparse.Namespace, book: PresetBook) -> None:
-    """Refuse a server whose depth the latency controller cannot steer.
+def check_targets(args: argparse.Namespace, book: PresetBook, depth: Mapping[str, Any]) -> None:
+    """Refuse a server that cannot hold its `args.targets`, or audit as they say.
+
+    Args:
+        depth: the server's own defaults, as far as they were given.
 
     Raises:
         RefusedError: saying what is missing.
     """
+    targets: settings.Targets = args.targets
+    rule = depth.get(RULE, GATE)
+    if targets.audit and args.max_logprobs == 0:
+        raise checkpoint.RefusedError(
+            "--audit reads log-probabilities, which --max-logprobs 0 forbids"
+        )
+    if targets.agreement is not None:
+        _check_steering("--target-agreement", args, book, rule)
+        if depth.get("exit_mode") == LOSSLESS:
+            raise checkpoint.RefusedError(
+                "--target-agreement has nothing to steer with --exit-mode lossless: every answer "
+                "is that of full depth"
+            )
+        if args.logits_processors:
+            raise checkpoint.RefusedError(
+                "--target-agreement cannot tell what full depth would say after --logits-processors"
+            )
+    if targets.tpot_ms is not None:
+        _check_steering("--target-tpot-ms", args, book, rule)
+        if args.disable_log_stats:
+            raise checkpoint.RefusedError(
+                "--target-tpot-ms needs the statistics that --disable-log-stats switches off"
+            )
+
+
+def _check_steering(option: str, args: argparse.Namespace, book: PresetBook, rule: str) -> None:
+    """Refuse a server whose default depth, by the exit rule `rule`, cannot be steered, as `option`
+    asks."""
     if (args.api_server_count or 1) > 1:
         raise checkpoint.RefusedError(
-            f"--target-tpot-ms needs one API process, which sees every token; "
+            f"{option} needs one API process, which sees every token; "
             f"--api-server-count is {args.api_server_count}"
-        )
-    if args.disable_log_stats:
-        raise checkpoint.RefusedError(
-            "--target-tpot-ms needs the statistics that --disable-log-stats switches off"
         )
     if not book.floors:
         raise checkpoint.RefusedError(
-            "--target-tpot-ms needs priority_classes in the presets file: they hold the floors"
+            f"{option} needs priority_classes in the presets file: they hold the floors"
+        )
+    if rule != GATE:
+        raise checkpoint.RefusedError(
+            f"{option} moves the threshold of --exit-rule gate, and floors are of that "
+            f"rule; the default rule is {rule}"
         )
     if not args.headless:
         # With data parallelism vLLM's default is more than one.

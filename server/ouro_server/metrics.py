@@ -1,4 +1,5 @@
-"""What the server adds to the `ouro_*` metrics: intent, thresholds in force, and the controller.
+"""What the server adds to the `ouro_*` metrics: intent, thresholds in force, the controller,
+audits and targets.
 
 Depth by token, request, pass and step is counted in `ouro_runtime/metrics.py`, from the engine.
 """
@@ -7,11 +8,11 @@ import math
 from collections.abc import Iterable, Mapping
 from functools import partial
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
+from prometheus_client import REGISTRY, CollectorRegistry
 
-from ouro_runtime.metrics import PREFIX
+from ouro_server.audit.metrics import AuditMetrics, TargetMetrics
 from ouro_server.defaults import Defaults
-from ouro_server.resolve import SOURCES
+from ouro_server.metric_families import Families, origins
 
 
 class ServerMetrics:
@@ -36,22 +37,12 @@ class ServerMetrics:
         classes: Iterable[str],
         registry: CollectorRegistry = REGISTRY,
     ) -> None:
-        def counter(name: str, text: str, *by: str) -> Counter:
-            return Counter(PREFIX + name, text, ["model_name", *by], registry=registry)
-
-        def gauge(name: str, text: str, *by: str) -> Gauge:
-            # Of several API processes the latest word counts; they all say the same.
-            return Gauge(
-                PREFIX + name,
-                text,
-                ["model_name", *by],
-                registry=registry,
-                multiprocess_mode="mostrecent",
-            )
-
-        presets = list(presets)
-        origins = [("default", ""), ("request", "")]
-        origins += [(source, p) for source in SOURCES if source != "default" for p in presets]
+        make = Families(registry)
+        counter, gauge = make.counter, make.gauge
+        presets, classes = list(presets), list(classes)
+        self.audits = AuditMetrics(model_name, presets, registry)
+        self.targets = TargetMetrics(model_name, classes, registry)
+        every = origins(presets)
         depths = range(1, loops + 1)
         requests = counter(
             "requests", "Finished HTTP generations, by what set their depth.", "source", "preset"
@@ -71,10 +62,10 @@ class ServerMetrics:
             "Times the latency controller raised (up) or lowered (down) the default thresholds.",
             "direction",
         )
-        self._requests = {origin: requests.labels(model_name, *origin) for origin in origins}
+        self._requests = {origin: requests.labels(model_name, *origin) for origin in every}
         self._tokens = {
             origin: {depth: tokens.labels(model_name, *origin, depth) for depth in depths}
-            for origin in origins
+            for origin in every
         }
         self._thresholds = {
             name: threshold.labels(model_name, name) for name in (*classes,) or ("",)

@@ -10,7 +10,10 @@ from fastapi import FastAPI
 from starlette.datastructures import State
 
 from ouro_runtime.config import DepthError, LoopConfig
+from ouro_runtime.engine.config_hook import reads_loops
 from ouro_runtime.engine.stat_logger import listen
+from ouro_server.agreement import Agreement, Rule
+from ouro_server.audit.start import start_audits
 from ouro_server.controller import Law
 from ouro_server.depth_routes import build_depth_router
 from ouro_server.door import open_door
@@ -40,6 +43,7 @@ from ouro_server.serving import (
 from ouro_server.serving_messages import DepthServingMessages
 from ouro_server.serving_models import DepthServingModels
 from ouro_server.serving_responses import DepthServingResponses
+from ouro_server.settings import Targets
 from ouro_server.steering import Steering
 from ouro_server.vllm_api import BaseModelPath
 
@@ -80,6 +84,7 @@ class DepthEndpoints:
         """Put depth on the handlers vLLM built, if the served model has loops."""
         if engine_client is None:  # vLLM's server that only renders
             return
+        generate = engine_client.generate
         door = open_door(engine_client, await engine_client.get_supported_tasks())
         note_exits(engine_client, args)
         vllm_config = engine_client.vllm_config
@@ -103,6 +108,8 @@ class DepthEndpoints:
             served,
             metrics=metrics,
             steering=steering,
+            reads_loops=reads_loops(),
+            audit_share=targets_of(args).audit,
             known_xargs=known,
             adapters=models.lora_requests,
         )
@@ -110,6 +117,10 @@ class DepthEndpoints:
         if steering is not None:
             # Kept on the state: the event loop holds only a weak reference to a task.
             state.steering_task = asyncio.create_task(steering.run())
+        if served.audit_share:
+            auditor = start_audits(engine_client, generate, served)
+            await auditor.warm_up()
+            state.audit_task = asyncio.create_task(auditor.run(state.drain.told))
         list_aliases(models, served)
         state.openai_serving_models = adopt(models, DepthServingModels, served)
         complete_requests(engine_client, served)
@@ -152,18 +163,30 @@ def note_exits(engine_client: Any, args: Namespace) -> None:
     engine_client.shutdown = noting
 
 
+def targets_of(args: Namespace) -> Targets:
+    """What the command line asks to hold; nothing on a server that was not started by it."""
+    targets: Targets = getattr(args, "targets", Targets())
+    return targets
+
+
 def start_steering(
     engine_client: Any, args: Namespace, served: ServedDepth, metrics: ServerMetrics
 ) -> Steering | None:
-    """The latency controller, listening to the engine; None unless `--target-tpot-ms` asks for it.
+    """What moves the defaults, listening to the engine; None unless there is a target.
 
-    The command line has refused what cannot be steered (`launch.check_steering`).
+    The command line has refused what cannot be steered (`launch.check_targets`).
     """
-    target_ms = getattr(args, "target_tpot_ms", None)
-    if target_ms is None:
+    targets, floors, agreement = targets_of(args), served.book.floors, None
+    if targets.agreement is not None:
+        defaults = served.defaults
+        rule = Rule(targets.agreement)
+        agreement = Agreement(rule, floors, defaults.base.exit_threshold, defaults.whole)
+    if targets.tpot_ms is None and agreement is None:
         return None
-    steering = Steering(Law(target_ms / 1000), served.defaults, served.book.floors, metrics)
-    listen(engine_client, steering.hear)
+    law = None if targets.tpot_ms is None else Law(targets.tpot_ms / 1000)
+    steering = Steering(law, served.defaults, floors, metrics, agreement=agreement)
+    if law is not None:
+        listen(engine_client, steering.hear)
     return steering
 
 

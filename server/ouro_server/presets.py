@@ -8,7 +8,15 @@ from typing import Any
 
 import yaml
 
-from ouro_runtime.config import DEPTH_FIELDS, DepthError, ExitParams, check_threshold
+from ouro_runtime.config import (
+    DEPTH_FIELDS,
+    GATE,
+    RULE,
+    THRESHOLD,
+    DepthError,
+    ExitParams,
+    check_threshold,
+)
 
 SHIPPED = Path(__file__).with_name("presets.yaml")
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -147,6 +155,13 @@ def _preset(name: str, fields: Any, loops: int) -> Preset:
             raise PresetError(f"{where}: {field} has no value; leave it out or set one")
     if not controls:
         raise PresetError(f"{where}: must set at least one of {', '.join(DEPTH_FIELDS)}")
+    if RULE in controls and THRESHOLD not in controls:
+        raise PresetError(
+            f"{where}: {RULE} needs {THRESHOLD}, which has the rule's unit, beside it"
+        )
+    if THRESHOLD in controls:
+        # Whatever rule a server has: a threshold without one is the gate's.
+        controls.setdefault(RULE, GATE)
     try:
         ExitParams.parse(controls, ExitParams(1.0, 1, loops, "skip"), loops)
     except DepthError as error:

@@ -5,6 +5,7 @@ from argparse import Namespace
 
 from starlette.datastructures import State
 
+from ouro_runtime.config import GATE
 from ouro_server.run_folder import now_serves
 
 _POLL_SECONDS = 0.05
@@ -28,10 +29,12 @@ def ready_line(state: State, args: Namespace) -> str:
         if (defaults.min_loops, defaults.max_loops) == (1, served.loops)
         else f", loops {defaults.min_loops} to {defaults.max_loops}"
     )
+    rule = "" if defaults.exit_rule == GATE else f" of {defaults.exit_rule}"
     presets = f"; presets {', '.join(served.book.presets)}" if served.book.presets else ""
     return (
         f"Ouro Serve is ready at {address(args)} (model {served.model}, T={served.loops}, "
-        f"exit threshold {defaults.exit_threshold:g}{bounds}, mode {defaults.exit_mode}{presets})"
+        f"exit threshold {defaults.exit_threshold:g}{rule}{bounds}, mode {defaults.exit_mode}"
+        f"{presets})"
     )
 
 

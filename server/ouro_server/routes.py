@@ -12,7 +12,7 @@ from fastapi.routing import APIRoute
 from starlette.responses import Response
 
 from ouro_server import depth
-from ouro_server.honest_status import reads_requests
+from ouro_server.honest_status import progress_of_request, reads_requests
 from ouro_server.json_body import check_body
 from ouro_server.schemas import (
     DepthBatchRequest,
@@ -78,7 +78,8 @@ def resolving(endpoint: depth.Endpoint) -> Callable[[Request], Awaitable[None]]:
 
     async def resolve_depth(raw_request: Request) -> None:
         body = await raw_request.json()
-        raw_request.state.depth = depth.read_request(body, served_by(raw_request), endpoint)
+        resolved = depth.read_request(body, served_by(raw_request), endpoint)
+        raw_request.state.depth = progress_of_request().resolved = resolved
         raw_request.state.model = body.get("model") if isinstance(body, dict) else None
 
     return resolve_depth

@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, PrivateAttr, model_validator
 
-from ouro_runtime.config import MODES, MOST_GUESSES, RETURN_LOOPS
+from ouro_runtime.config import MODES, MOST_GUESSES, RETURN_LOOPS, RULES
 from ouro_server.depth import REQUEST_FIELDS, SESSION
 from ouro_server.presets import EFFORTS
 from ouro_server.resolve import Resolved
@@ -29,15 +29,16 @@ from ouro_server.vllm_api import (
 
 
 class DepthControls(BaseModel):
-    """The four depth controls, each of which may be left out."""
+    """The depth controls, each of which may be left out."""
 
     exit_threshold: float | None = Field(
         default=None,
         ge=0,
-        le=1,
+        le=max(most for most, _ in RULES.values()),
         strict=True,
-        description="A token leaves the loop as soon as the gate's cumulative exit probability "
-        "reaches this; 1 runs every loop.",
+        description="Of `exit_rule`, in its own unit. `gate` and `margin`: a token leaves the loop "
+        "as soon as what the rule reads reaches this, 0 to 1; 1 runs every loop. `delta`: as soon "
+        "as it is no more than this, 0 to 2; 0 runs every loop.",
     )
     min_loops: int | None = Field(
         default=None, ge=1, strict=True, description="Least depth of a token, from 1 to T."
@@ -53,6 +54,13 @@ class DepthControls(BaseModel):
         "the token read out at the exit is a draft, which the last loop confirms or takes back, so "
         "the answer is that of every loop. `auto`: `lossless` where every loop is asked for, else "
         "`skip`.",
+    )
+    exit_rule: Literal[tuple(RULES)] | None = Field(  # type: ignore[valid-type]
+        default=None,
+        description="What a token leaves by. `gate`: the gate's cumulative exit probability. "
+        "`margin`: the gap between the two largest probabilities of the loop's own read-out. "
+        "`delta`: the relative change of the state since the loop before. A rule that is not the "
+        "default one comes with its `exit_threshold`. On CUDA: `gate`.",
     )
 
 
@@ -273,6 +281,14 @@ class DepthDefaults(BaseModel):
     min_loops: int
     max_loops: int
     exit_mode: str
+    exit_rule: str
+
+
+class RuleInfo(BaseModel):
+    """The unit of an exit rule's threshold."""
+
+    most: float = Field(description="The largest threshold; the least is 0.")
+    off: float = Field(description="The threshold at which every loop runs.")
 
 
 class PresetInfo(DepthControls):
@@ -303,6 +319,30 @@ class ControllerInfo(BaseModel):
     )
 
 
+class ClassAgreement(BaseModel):
+    """What audits say of one priority class."""
+
+    proven: float = Field(description="The lowest threshold that they allow for all its requests.")
+    trial: float | None = Field(
+        description="The threshold that requests picked for an audit are served at, to try it; "
+        "null while none is tried."
+    )
+    audits: int = Field(description="Audits of the running test.")
+    needed: int = Field(description="Audits that it takes.")
+    lost: int = Field(description="Answers among them that are not those of full depth.")
+
+
+class AgreementInfo(BaseModel):
+    """The target agreement."""
+
+    active: bool = Field(default=False, description="Whether it moves the default thresholds.")
+    target: float | None = Field(
+        default=None, description="The share of answers that shall be those of full depth."
+    )
+    confidence: float | None = Field(default=None, description="That of a proven threshold.")
+    priority_classes: dict[str, ClassAgreement] = Field(default_factory=dict)
+
+
 class DepthInfo(BaseModel):
     """`GET /v1/depth`: what the served model's loops are, and what may be asked of them."""
 
@@ -314,6 +354,8 @@ class DepthInfo(BaseModel):
         description="By mode, the loops whose K/V a generated position holds, of a request whose "
         "`max_loops` is T. A smaller one in `skip` and `exact` holds that many (CPU)."
     )
+    rules: dict[str, RuleInfo] = Field(description="Values that `exit_rule` may take.")
+    return_loops: bool = Field(description="Whether `return_loops` is honoured; not on CUDA.")
     drafts: bool = Field(
         description="Whether `lossless` requests are drafted; false with `--no-drafts`."
     )
@@ -332,3 +374,9 @@ class DepthInfo(BaseModel):
         description="Class of a request that names none; null if there are no classes."
     )
     controller: ControllerInfo
+    audit: float = Field(description="Share of the requests that skip which is audited.")
+    agreement: AgreementInfo
+    gave_way: list[str] = Field(
+        description="Targets that are missed: `latency` since the agreement allows no lower "
+        "threshold, `agreement` since the operator's default already loses more."
+    )

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ouro_runtime.config import LoopConfig
+from ouro_runtime.config import GATE, RULES, LoopConfig
 from ouro_server.defaults import Defaults
 from ouro_server.metrics import ServerMetrics
 from ouro_server.presets import PresetBook
@@ -26,8 +26,10 @@ class ServedDepth:
         adapters: what is loaded by now, by name.
         fixed: why the defaults must not be changed over HTTP; None if they may.
         metrics: where finished generations are counted, if anywhere.
-        steering: the latency controller, if there is one.
+        steering: what moves the defaults, if anything does.
+        audit_share: of the requests that skip, how many are audited.
         drafts: whether lossless requests may be drafted.
+        reads_loops: whether the engine can read out, or compare, what each loop left.
         known_xargs: whether all keys of `vllm_xargs` are known; not if the operator has logits
             processors that may read their own.
     """
@@ -40,9 +42,16 @@ class ServedDepth:
     fixed: tuple[int, str] | None = None
     metrics: ServerMetrics | None = None
     steering: Steering | None = None
+    audit_share: float = 0.0
     drafts: bool = True
+    reads_loops: bool = True
     known_xargs: bool = True
     adapters: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """The exit rules that the engine knows."""
+        return tuple(RULES) if self.reads_loops else (GATE,)
 
     def alias(self, model: Any) -> tuple[str, str] | None:
         """(model, preset) of a NAME@PRESET: what vLLM is to be asked for, and what it means."""

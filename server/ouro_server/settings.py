@@ -3,12 +3,13 @@
 import argparse
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ouro_runtime.config import DEPTH_FIELDS, DRAFTS, MODES, DepthError
+from ouro_runtime.config import DEPTH_FIELDS, DRAFTS, MODES, RULE, RULES, DepthError
 from ouro_server.cli import USAGE_ERROR, one_line
 from ouro_server.presets import SHIPPED
 
@@ -27,6 +28,9 @@ QUIET = "ignore::FutureWarning,ignore::UserWarning:multiprocessing.resource_trac
 
 OWN_LOGGING = ("--log-", "--log_", "--logging", "--pylog")
 """Options of who wants vLLM's log another way; `--logprobs-mode` is none."""
+
+AUDIT_SHARE = 0.02
+"""Of `--audit`, where a target agreement asks for audits and nobody says how many."""
 
 LOGGING = Path(__file__).with_name("logging.yaml")
 """vLLM's loggers at WARNING, but for the few lines that show how far loading has come. vLLM reads
@@ -64,7 +68,20 @@ def depth_parser() -> argparse.ArgumentParser:
         metavar="Q",
         help="A token leaves the loop as soon as the gate's cumulative exit probability reaches\n"
         "Q, from 0 to 1. Lower is faster and shallower; 1 runs every loop (the plain model).\n"
-        "Default: early_exit_threshold in config.json.",
+        "Default: early_exit_threshold in config.json. With another --exit-rule it has that\n"
+        "rule's unit.",
+    )
+    group.add_argument(
+        "--exit-rule",
+        "--exit_rule",
+        metavar="RULE",
+        help="What a token leaves by, at the threshold Q:\n"
+        "gate: the gate's cumulative exit probability is at least Q. The default.\n"
+        "margin: the gap between the two largest probabilities of the loop's own read-out is at\n"
+        "least Q, from 0 to 1; every loop of such requests is read out. 1 runs every loop.\n"
+        "delta: the state changed by at most Q since the loop before, relative to its length,\n"
+        "from 0 to 2; lower is slower and deeper. 0 runs every loop.\n"
+        "margin and delta need --exit-threshold, and run on CPU only.",
     )
     group.add_argument(
         "--exit-mode",
@@ -115,7 +132,63 @@ def depth_parser() -> argparse.ArgumentParser:
         "(presets file) and --exit-threshold. Requests that set depth themselves are not touched.\n"
         "Default: off.",
     )
+    group.add_argument(
+        "--audit",
+        metavar="SHARE",
+        help="Read this share of the answers that skipped loops, above 0 and at most 1, once more\n"
+        "at full depth when nobody waits, and count how many agree. Default: off.",
+    )
+    group.add_argument(
+        "--target-agreement",
+        "--target_agreement",
+        metavar="SHARE",
+        help="Let audits move the default thresholds: each priority class gets the lowest, down\n"
+        "to its floor, at which this share of greedy answers is that of full depth, token for\n"
+        "token, with 95 %% confidence; from 0.5 to below 1. With --target-tpot-ms thresholds\n"
+        f"go down only under load, and no further. Implies --audit {AUDIT_SHARE:g}. Default: off.",
+    )
     return parser
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the server holds, and how it knows.
+
+    Attributes:
+        tpot_ms: the latency controller's target; None if there is to be none.
+        agreement: the share of answers that shall be those of full depth; None as above.
+        audit: the share of answers that is audited; 0 for none.
+    """
+
+    tpot_ms: float | None = None
+    agreement: float | None = None
+    audit: float = 0.0
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> "Targets":
+        """From the command line.
+
+        Raises:
+            DepthError: naming the option and what is allowed.
+        """
+        agreement = _share(
+            "--target-agreement",
+            options.target_agreement,
+            "from 0.5 to below 1",
+            lambda v: 0.5 <= v < 1,
+        )
+        audit = _share("--audit", options.audit, "above 0 and at most 1", lambda v: 0 < v <= 1)
+        implied = AUDIT_SHARE if agreement is not None else 0.0
+        return cls(target_tpot_ms(options), agreement, implied if audit is None else audit)
+
+
+def _share(
+    name: str, text: str | None, allowed: str, holds: Callable[[float], bool]
+) -> float | None:
+    value = None if text is None else _number(text)
+    if value is not None and (isinstance(value, str) or not holds(value)):  # NaN compares false
+        raise DepthError(name, f"{name} must be a number {allowed}, got {text!r}")
+    return value
 
 
 def target_tpot_ms(options: argparse.Namespace) -> float | None:
@@ -138,7 +211,7 @@ def depth_settings(options: argparse.Namespace) -> dict[str, Any]:
     """The depth options that were given, as numbers where they are; text that is no number stays
     text, for the check that knows what is allowed to name it."""
     given = {
-        name: _number(value) if name != "exit_mode" else value
+        name: value if name in ("exit_mode", RULE) else _number(value)
         for name in DEPTH_FIELDS
         if (value := getattr(options, name)) is not None
     }
@@ -215,4 +288,5 @@ def _installed() -> list[str]:
     return [entry.name for group in OPEN_GROUPS for entry in entry_points(group=group)]
 
 
+assert set(RULES) == {"gate", "margin", "delta"}, "the help of --exit-rule explains these"
 assert set(MODES) == {"auto", "skip", "exact", "shared", "lossless"}, "--exit-mode explains these"

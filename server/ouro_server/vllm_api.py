@@ -52,7 +52,7 @@ from vllm.entrypoints.serve.utils.api_utils import cli_env_setup, validate_json_
 from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.logger import configure_logging_from_args
 from vllm.platforms import current_platform
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -89,6 +89,7 @@ __all__ = [
     "OpenAIServingCompletion",
     "OpenAIServingModels",
     "OpenAIServingResponses",
+    "RequestOutputKind",
     "ResponseUsage",
     "ResponsesRequest",
     "ResponsesResponse",

@@ -6,6 +6,7 @@ import json
 import math
 import re
 
+from ouro_server.agreement import Rule
 from ouro_server.presets import SHIPPED, PresetBook
 from tests.docs.blocks import ROOT
 from tests.observability.expressions import of_rules
@@ -31,6 +32,13 @@ def test_operations_shows_the_kept_storm() -> None:
     assert sent["mutated requests"] >= 10_000 and sent["abandoned streams"] >= 1_000
 
 
+def test_audits_say_how_many_a_rung_takes() -> None:
+    rows = re.findall(r"^\| (0\.\d+) \| (\d+) \|$", (ROOT / "docs/audits.md").read_text(), re.M)
+    assert len(rows) == 4
+    for target, audits in rows:
+        assert Rule(float(target)).audits(0) == int(audits), target
+
+
 PRESETS = PresetBook.load(SHIPPED, loops=4).presets
 
 
@@ -39,7 +47,9 @@ def test_depth_shows_the_shipped_presets() -> None:
     assert [(name, float(value)) for name, value in shown] == [
         (name, preset.controls["exit_threshold"]) for name, preset in PRESETS.items()
     ]
-    assert all(list(preset.controls) == ["exit_threshold"] for preset in PRESETS.values())
+    assert all(
+        preset.controls.keys() == {"exit_threshold", "exit_rule"} for preset in PRESETS.values()
+    )
 
 
 def test_depth_shows_what_each_preset_measured() -> None:
@@ -48,7 +58,8 @@ def test_depth_shows_what_each_preset_measured() -> None:
     skip = {
         run["exit_threshold"]: run
         for run in measured
-        if (run["gate"], run["exit_mode"], run["max_loops"]) == ("shipped", "skip", 4)
+        if (run["gate"], run["exit_rule"]) == ("shipped", "gate")
+        and (run["exit_mode"], run["max_loops"]) == ("skip", 4)
     }
     rows = re.findall(
         rf"^\| `({'|'.join(PRESETS)})` ((?:\| [\d.]+ ){{6}})\|$",
@@ -62,6 +73,24 @@ def test_depth_shows_what_each_preset_measured() -> None:
         expected = [f"{run['mean_depth']:.2f}", f"{run['accuracy']:.1f}"]
         expected += [f"{hardest[family]:.1f}" for family in ("sum", "mod", "chain", "cups")]
         assert cells.strip("| ").split(" | ") == expected
+
+
+def test_depth_shows_what_each_rule_measured() -> None:
+    """Every row is a point of the kept `make quality` run."""
+    measured = json.loads((ROOT / "benchmarks/results/quality.json").read_text())["results"]
+    kept = {
+        (run["exit_rule"], run["exit_threshold"]): (run["mean_depth"], run["accuracy"])
+        for run in measured
+        if (run["gate"], run["exit_mode"], run["max_loops"]) == ("shipped", "skip", 4)
+    }
+    text = (ROOT / "docs/depth.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` at ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    assert {rule for rule, *_ in rows} == {"gate", "margin", "delta"}
+    for rule, threshold, depth, right in rows:
+        assert (depth, right) == tuple(
+            f"{value:.{digits}f}"
+            for value, digits in zip(kept[rule, float(threshold)], (2, 1), strict=True)
+        )
 
 
 def test_figures_of_a_gpu_are_the_kept_ones() -> None:

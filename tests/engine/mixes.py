@@ -110,12 +110,21 @@ FEATURES: dict[str, tuple[float, Callable[[random.Random], Options]]] = {
 """Feature -> how often a request has it, and the sampling options it brings."""
 
 
+THRESHOLDS = {
+    "gate": [0.0, 0.2, 0.4, 0.6, 0.8, 1.0],
+    "margin": [0.0, 0.005, 0.01, 0.02, 0.04, 1.0],
+    "delta": [0.0, 0.55, 0.65, 0.75, 0.85, 2.0],
+}
+"""By exit rule, around what a random checkpoint's loops read."""
+
+
 def depth_fields(rng: random.Random) -> Options:
-    fields: Options = {"exit_mode": rng.choice(["skip", "skip", "exact"])}
+    fields: Options = {"exit_mode": rng.choice(["skip", "skip", "exact", "lossless"])}
     if rng.random() < 0.4:
         depths = [rng.randint(1, LOOPS) for _ in range(rng.randint(1, 9))]
         return fields | {"forced_depths": depths}
-    fields["exit_threshold"] = rng.choice([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    fields["exit_rule"] = rule = rng.choice(list(THRESHOLDS))
+    fields["exit_threshold"] = rng.choice(THRESHOLDS[rule])
     if rng.random() < 0.3:
         fields |= rng.choice(
             [{"min_loops": rng.randint(1, LOOPS)}, {"max_loops": rng.randint(1, 3)}]

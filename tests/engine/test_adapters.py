@@ -1,4 +1,7 @@
-"""LoRA: tokens and depths are those of the merged weights, whoever shares the passes."""
+"""LoRA: tokens and depths are those of the merged weights, whoever shares the passes.
+
+Of the adapters one adapts the exit gate too, one brings a gate of its own.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from vllm import LLM
 from vllm.lora.request import LoRARequest
 
-from tests.engine.adapters import merge, write_adapter
+from tests.engine.adapters import ALL, GATE, merge, random_gate, write_adapter
 from tests.engine.cases import CHECKPOINTS
 from tests.engine.compare import assert_same
 from tests.engine.harness import Output, assert_idle, engine, generate, greedy
@@ -36,9 +40,14 @@ def prompts() -> list[list[int]]:
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("adapters")
     return {
-        "all": write_adapter(folder / "all", CHECKPOINT, seed=1),
+        "all": write_adapter(folder / "all", CHECKPOINT, seed=1, targets=(*ALL, GATE)),
         "attention": write_adapter(
-            folder / "attention", CHECKPOINT, seed=2, rank=2, targets=("q_proj", "v_proj")
+            folder / "attention",
+            CHECKPOINT,
+            seed=2,
+            rank=2,
+            targets=("q_proj", "v_proj"),
+            gate=random_gate(128, seed=3),
         ),
     }
 
@@ -150,11 +159,28 @@ def test_adapters_give_up_their_places_to_others(
         agree(name, Output.of(answer.outputs[0]), merged[name][1][0], 1)
 
 
-@pytest.mark.parametrize("target", ["early_exit_gate", "lm_head"])
-def test_an_adapter_of_what_is_not_adapted_is_refused(
-    serving: LLM, tmp_path: Any, target: str
+def test_an_adapter_may_hold_nothing_but_a_gate(
+    serving: LLM, merged: dict[str, list[list[Output]]], tmp_path: Any
 ) -> None:
-    wrong = write_adapter(tmp_path / "a", CHECKPOINT, seed=3, targets=("q_proj", target))
-    with pytest.raises(Exception, match=rf"{target}") as refused:
+    """One that never says that a loop suffices: every threshold is full depth then."""
+    never = torch.zeros(1, 128), torch.tensor([-50.0])
+    folder = write_adapter(tmp_path / "a", CHECKPOINT, seed=3, targets=(), gate=never)
+    (answer,) = serving.generate(
+        {"prompt_token_ids": prompts()[0]},
+        greedy(TOKENS, DEPTHS[1]),
+        lora_request=LoRARequest("never", 52, folder),
+        use_tqdm=False,
+    )
+    agree("never", Output.of(answer.outputs[0]), merged["base"][0][0], 0)
+
+
+def test_an_adapter_of_what_is_not_adapted_is_refused(serving: LLM, tmp_path: Any) -> None:
+    wrong = write_adapter(tmp_path / "a", CHECKPOINT, seed=3, targets=("q_proj", "lm_head"))
+    with pytest.raises(Exception, match="lm_head"):
         serving.llm_engine.add_lora(LoRARequest("wrong", 50, wrong))
-    print(refused.value)
+
+
+def test_a_gate_of_another_shape_is_refused(serving: LLM, tmp_path: Any) -> None:
+    wrong = write_adapter(tmp_path / "a", CHECKPOINT, seed=3, gate=random_gate(127, seed=3))
+    with pytest.raises(Exception, match=r"early_exit_gate.weight is \(1, 127\), not \(1, 128\)"):
+        serving.llm_engine.add_lora(LoRARequest("wrong", 51, wrong))

@@ -13,13 +13,14 @@ from torch._inductor import config as inductor
 from vllm.model_executor.models import registry
 from vllm.triton_utils import dispatcher
 from vllm.v1.engine.utils import CoreEngineProcManager
+from vllm.v1.executor import multiproc_executor
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from ouro_runtime.engine.cpu import executor as cpu_executor
 from ouro_runtime.engine.cpu import kernel_scan
 from ouro_runtime.engine.cpu import worker as cpu_worker
-from ouro_runtime.engine.cpu.executor import OuroCPUExecutor
+from ouro_runtime.engine.cpu.executor import OuroCPUExecutor, OuroMultiprocExecutor
 from ouro_runtime.engine.cpu.registry import HereInspected
 
 
@@ -33,8 +34,10 @@ def parallel(**changes: Any) -> SimpleNamespace:
     [
         ({}, "1", OuroCPUExecutor),
         ({}, "0", "uni"),
-        ({"data_parallel_size": 2}, "1", "uni"),
-        ({"distributed_executor_backend": "mp"}, "1", "mp"),
+        ({"data_parallel_size": 2}, "1", OuroMultiprocExecutor),
+        ({"distributed_executor_backend": "mp"}, "1", OuroMultiprocExecutor),
+        ({"distributed_executor_backend": "mp"}, "0", "mp"),
+        ({"distributed_executor_backend": "ray"}, "1", "ray"),
     ],
     ids=str,
 )
@@ -51,6 +54,14 @@ def test_vllm_takes_the_executor_as_its_own_in_process_one() -> None:
     config = SimpleNamespace(parallel_config=parallel(distributed_executor_backend=OuroCPUExecutor))
     assert Executor.get_class(config) is OuroCPUExecutor
     assert issubclass(OuroCPUExecutor, UniProcExecutor)
+
+
+def test_the_file_that_ranks_meet_by_lies_beside_the_sockets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", "/run/of/a/server")
+    method = cpu_executor.beside_sockets(multiproc_executor.get_file_store_init_method())
+    assert method.startswith("file:///run/of/a/server/vllm_dist_")
 
 
 @pytest.mark.parametrize(("executor", "bound"), [(OuroCPUExecutor, True), (UniProcExecutor, False)])

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 
+from ouro_runtime.config import LOSSLESS
 from ouro_runtime.engine import features
 from tests.engine.checkpoints import with_byte_tokenizer, write_random
 from tests.engine.compare import assert_same
@@ -137,17 +138,28 @@ def reference(folder: str) -> Reference:
 def margins(reference: Reference, request: Pooled, out: Output) -> list[float]:
     """How close the serial run's decisions were, by replaying its tokens in the reference."""
     depth = request.params.extra_args
-    replay = reference.generate(
-        request.prompt,
-        len(out.tokens),
-        threshold=depth.get("exit_threshold", 1.0),
-        mode=depth["exit_mode"],
-        min_loops=depth.get("min_loops", 1),
-        max_loops=depth.get("max_loops"),
-        forced_depths=depth.get("forced_depths"),
-        choose=lambda logits, output: out.tokens[len(output)],
-    )
-    return [replay.margin(index) for index in range(len(out.tokens))]
+    lossless = depth["exit_mode"] == LOSSLESS
+    # A draft is what `exact` reads out, over the K/V of every loop; the last loop decides.
+    replays = [
+        reference.generate(
+            request.prompt,
+            len(out.tokens),
+            choose=lambda logits, output: out.tokens[len(output)],
+            mode="exact" if lossless else depth["exit_mode"],
+            **controls,
+        )
+        for controls in (
+            {
+                "threshold": depth.get("exit_threshold", 1.0),
+                "rule": depth.get("exit_rule", "gate"),
+                "min_loops": depth.get("min_loops", 1),
+                "max_loops": depth.get("max_loops"),
+                "forced_depths": depth.get("forced_depths"),
+            },
+            *([{}] if lossless else []),
+        )
+    ]
+    return [min(replay.margin(index) for replay in replays) for index in range(len(out.tokens))]
 
 
 def workload(rng: random.Random, pool: list[Pooled]) -> tuple[list[Pooled], list[Arrival]]:

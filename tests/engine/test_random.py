@@ -10,6 +10,7 @@ from vllm import LLM
 from tests.engine.checkpoints import write_random
 from tests.engine.compare import LOGPROB_TOLERANCE, assert_cdf, assert_same, first_difference
 from tests.engine.harness import assert_idle, engine, generate, greedy
+from tests.engine.mixes import THRESHOLDS
 from tests.reference.model import Reference
 
 SHAPES = [
@@ -48,6 +49,7 @@ def compare(
             prompt,
             TOKENS,
             threshold=fields.get("exit_threshold", 1.0),
+            rule=fields.get("exit_rule", "gate"),
             mode=fields.get("exit_mode", "skip"),
             min_loops=fields.get("min_loops", 1),
             max_loops=fields.get("max_loops"),
@@ -93,9 +95,11 @@ def test_thresholds_and_limits(model: tuple[LLM, Reference]) -> None:
     depth = []
     for _ in prompts:
         low = rng.randint(1, model[1].loops)
+        rule = rng.choice(list(THRESHOLDS))
         depth.append(
             {
-                "exit_threshold": rng.choice([0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0]),
+                "exit_rule": rule,
+                "exit_threshold": rng.choice(THRESHOLDS[rule]),
                 "exit_mode": rng.choice(["skip", "exact"]),
                 "min_loops": low,
                 "max_loops": rng.randint(low, model[1].loops),

@@ -53,6 +53,8 @@ def test_an_unsupported_feature_is_refused_with_the_reason(feature: str) -> None
         ({"max_loops": 5}, "max_loops"),
         ({"min_loops": 3, "max_loops": 2}, "min_loops"),
         ({"exit_mode": "split"}, "exit_mode"),
+        ({"exit_rule": "entropy", "exit_threshold": 0.5}, "exit_rule"),
+        ({"exit_rule": "margin"}, "exit_threshold"),
         ({"exit_treshold": 0.5}, "exit_treshold"),
     ],
 )
@@ -85,6 +87,8 @@ def llm() -> Iterator[LLM]:
         ({"max_loops": 2.0}, "max_loops"),
         ({"min_loops": 4, "max_loops": 1}, "min_loops"),
         ({"exit_mode": "full"}, "exit_mode"),
+        ({"exit_rule": "delta", "exit_threshold": 2.5}, "exit_threshold"),
+        ({"exit_rule": "delta"}, "exit_threshold"),
         ({"forced_depths": []}, "forced_depths"),
         ({"forced_depths": [1, 5]}, "forced_depths"),
     ],

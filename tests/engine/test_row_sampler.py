@@ -10,7 +10,7 @@ import torch
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 
-from ouro_runtime.engine.cpu.sampler import StepSampler, is_bare_greedy
+from ouro_runtime.engine.cpu.sampler import SettledSampler, StepSampler, is_bare_greedy
 
 NONE = torch.empty(0)
 BARE = SamplingMetadata(
@@ -93,3 +93,18 @@ def test_penalties_see_the_steps_tokens_until_it_ends() -> None:
     assert seen == [[[7], []], [[7, 3], [5]]]
     assert tokens.tolist() == [[3, 1], [5, 2]]
     assert held == [[7], []]
+
+
+def test_likeliest_tokens_do_not_depend_on_how_many_a_neighbour_asks_for() -> None:
+    """Tokens that were never trained have equal logits; a grammar may leave nothing else."""
+    logits = torch.zeros(2, 64)
+    logits[:, ::3] = -torch.inf
+    few, many = (
+        SettledSampler()(logits.clone(), replace(BARE, max_num_logprobs=count)).logprobs_tensors
+        for count in (2, 20)
+    )
+    assert few is not None and many is not None
+    assert few.logprob_token_ids.tolist() == [[1, 1, 2]] * 2
+    assert torch.equal(few.logprob_token_ids, many.logprob_token_ids[:, :3])
+    assert torch.equal(few.logprobs, many.logprobs[:, :3])
+    assert torch.equal(few.selected_token_ranks, many.selected_token_ranks)

@@ -1,10 +1,10 @@
-"""The argmax of the greedy path against torch's."""
+"""The argmax of the greedy path, and the largest with their ties settled, against torch's."""
 
 import numpy as np
 import pytest
 import torch
 
-from ouro_runtime.loop.greedy import argmax
+from ouro_runtime.loop.greedy import argmax, largest
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INF = float("inf")
@@ -38,3 +38,20 @@ def test_edges(dtype: torch.dtype, row: list[float], place: int) -> None:
 
 def test_no_rows() -> None:
     assert argmax(torch.empty(0, 9)).shape == (0,)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 20, 40])
+def test_the_largest_do_not_depend_on_how_many_are_asked_for(count: int) -> None:
+    """Few different values, and more of them masked than not: all is ties."""
+    generator = torch.Generator().manual_seed(count)
+    scores = torch.randint(0, 4, (6, 40), generator=generator).float()
+    scores[3:, torch.randperm(40, generator=generator)[:35]] = -INF
+    values, places = largest(scores, count)
+    every = scores.sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(values, every.values[:, :count])
+    assert torch.equal(places, every.indices[:, :count])
+
+
+def test_a_row_with_nan_leaves_the_others_alone() -> None:
+    scores = torch.tensor([[1.0, float("nan"), 1.0], [1.0, 2.0, 2.0]])
+    assert largest(scores, 2)[1][1].tolist() == [1, 2]

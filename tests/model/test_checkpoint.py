@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.random_checkpoint import PRESETS, write_checkpoint
-from ouro_runtime.config import LoopConfig, OuroConfig
+from ouro_runtime.checkpoint_config import OuroConfig
+from ouro_runtime.config import LoopConfig
 from ouro_runtime.model.checkpoint import CheckpointError, Sizes, check_checkpoint
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"

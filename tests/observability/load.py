@@ -18,6 +18,9 @@ KINDS: list[dict[str, Any]] = [
     {"exit_threshold": 0.2},
     {"exit_threshold": 0.9, "min_loops": 2},
     {"depth_preset": "fast", "max_loops": 2},
+    {"depth_preset": "fast", "temperature": 0},
+    {"depth_preset": "fast", "temperature": 1},
+    {"depth_preset": "fast", "temperature": 0, "presence_penalty": 1},
 ]
 AT_ONCE = 8
 

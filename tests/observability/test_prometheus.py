@@ -50,7 +50,9 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     need("prometheus")
     folder = tmp_path_factory.mktemp("prometheus")
     with (
-        start_server("--target-tpot-ms", "1000") as server,
+        start_server(
+            "--target-tpot-ms", "1000", "--target-agreement", "0.9", "--audit", "1"
+        ) as server,
         start_prometheus(folder, server.url.removeprefix("http://")) as prometheus,
     ):
         prometheus.wait_for_a_scrape()

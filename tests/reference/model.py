@@ -4,7 +4,9 @@ It shares no code with the engine and follows the published formulas only:
 
 - a position runs loops 1..T over the same layers, and the final norm closes every loop;
 - lambda[t] = sigmoid(gate(H[t])), S(n) = prod_{j<=n} (1 - lambda[j]), CDF(n) = 1 - S(n);
-- a token is read out at the first loop n with CDF(n) >= q; q >= 1 runs every loop;
+- a token is read out at the first loop n with CDF(n) >= q; q >= 1 runs every loop; or, by another
+  rule, at the first whose two likeliest tokens are `threshold` apart in probability (`margin`), or
+  that moved the state by no more than `threshold` of its length (`delta`, from loop 2 on);
 - the modes differ in the K/V a later token reads at loop t of a position that left at loop d:
   `full` and `exact` slot t, `skip` slot min(t, d), `shared` slot d. Prompt positions left at T.
 """
@@ -33,7 +35,8 @@ class Generation:
         tokens, depths, logprobs: the token, the loop it was read out at, log p(token).
         exit_cdf: CDF(1) .. CDF(depth) of each token; CDF(T) is 1.
         logit_margins: top-1 minus top-2 of the logits `choose` saw.
-        cdf_margins: the least |CDF - q| over the exit decisions taken for the token.
+        cdf_margins: the least |CDF - q|, or what another rule reads less its threshold, over the
+            exit decisions taken for the token.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -93,6 +96,7 @@ class Reference:
         max_tokens: int,
         *,
         threshold: float = 1.0,
+        rule: str = "gate",
         mode: str = "full",
         min_loops: int = 1,
         max_loops: int | None = None,
@@ -124,10 +128,21 @@ class Reference:
                 return depth == forced_depths[len(out.tokens) % len(forced_depths)]
             if depth >= (max_loops or self.loops):
                 return True
-            if threshold >= 1 or depth < min_loops:
+            if threshold == (0 if rule == "delta" else 1) or depth < min_loops:
                 return False
-            margins.append(abs((1.0 - survival) - threshold))
-            return 1.0 - survival >= threshold
+            if rule == "delta":
+                if depth == 1:
+                    return False
+                moved = column[depth - 1] - column[depth - 2]
+                reading, sign = float(moved.norm() / column[depth - 1].norm()), -1
+            elif rule == "margin":
+                probabilities = (self.w["lm_head.weight"] @ column[depth - 1]).softmax(-1)
+                first, second = probabilities.topk(2).values.tolist()
+                reading, sign = first - second, 1
+            else:
+                reading, sign = 1.0 - survival, 1
+            margins.append(abs(reading - threshold))
+            return sign * reading >= sign * threshold
 
         while True:
             margins: list[float] = [NEVER]

@@ -8,17 +8,15 @@ from typing import Any
 
 import pytest
 
-from ouro_runtime.config import (
+from ouro_runtime.checkpoint_config import (
     FIELDS,
     MOST_LOOPS,
     ROPE_TYPES,
     ConfigError,
-    DepthError,
-    ExitParams,
-    LoopConfig,
     OuroConfig,
     check_config,
 )
+from ouro_runtime.config import GATE, RULES, DepthError, ExitParams, LoopConfig
 
 T = 4
 DEFAULTS = ExitParams(1.0, 1, T, "skip")
@@ -40,6 +38,7 @@ def test_unset_fields_come_from_the_defaults() -> None:
         *[("exit_threshold", v) for v in (-0.1, 1.5, True, "0.5", float("nan"), 10**400, [0.5])],
         *[(name, v) for name in ("min_loops", "max_loops") for v in (0, 5, 2.0, True, "2")],
         *[("exit_mode", v) for v in ("full", "", 1, ["skip"])],
+        *[("exit_rule", v) for v in ("entropy", "", 1, ["gate"])],
         *[("forced_depths", v) for v in ([], 3, [0], [5], ["1"], "12")],
     ],
 )
@@ -47,6 +46,50 @@ def test_a_bad_value_names_its_field(field: str, value: object) -> None:
     with pytest.raises(DepthError, match=field) as caught:
         parse(**{field: value})
     assert caught.value.param == field
+
+
+@pytest.mark.parametrize(
+    ("rule", "most", "off"), [("gate", 1.0, 1.0), ("margin", 1.0, 1.0), ("delta", 2.0, 0.0)]
+)
+def test_a_threshold_is_in_the_unit_of_its_rule(rule: str, most: float, off: float) -> None:
+    for value in (0, 0.5, most):
+        params = parse(exit_rule=rule, exit_threshold=value)
+        assert (params.exit_rule, params.exit_threshold) == (rule, value)
+        assert {r: params.threshold_of(r) for r in RULES} == {
+            r: value if r == rule else RULES[r][1] for r in RULES
+        }
+    for value in (-0.1, most + 0.1, float("nan"), True, "0.5"):
+        with pytest.raises(DepthError, match=f"from 0 to {most:g}") as caught:
+            parse(exit_rule=rule, exit_threshold=value)
+        assert caught.value.param == "exit_threshold"
+    config = LoopConfig.parse(SimpleNamespace(total_ut_steps=T))
+    whole = {"exit_rule": rule, "exit_threshold": off}
+    assert config.request(whole).exit_mode == "lossless", "every loop is asked for"
+    assert config.request(whole | {"exit_threshold": most - off}).exit_mode == "skip"
+
+
+def test_another_rule_than_the_default_brings_its_own_threshold() -> None:
+    with pytest.raises(DepthError, match="exit_threshold must be set with exit_rule 'delta'") as no:
+        parse(exit_rule="delta")
+    assert no.value.param == "exit_threshold"
+    assert parse(exit_rule="gate") == DEFAULTS
+    served = LoopConfig.parse(
+        SimpleNamespace(total_ut_steps=T), {"exit_rule": "delta", "exit_threshold": 1.5}
+    )
+    assert served.request({"exit_rule": "delta"}).threshold_of("delta") == 1.5
+    assert served.request({"exit_threshold": 0.3}).threshold_of("delta") == 0.3
+    with pytest.raises(DepthError, match="the default one is of 'delta'"):
+        served.request({"exit_rule": "gate"})
+
+
+def test_the_rule_of_a_lossless_request_that_gives_no_threshold_is_left_to_the_engine() -> None:
+    steered = ExitParams(0.9, 1, T, "auto", exit_rule="margin", guided=True)
+    engine = LoopConfig.parse(SimpleNamespace(total_ut_steps=T))
+    asked = ExitParams.parse({"exit_mode": "lossless"}, steered, T).settled(T)
+    assert engine.request(asked.controls()).guided
+    own = {"exit_mode": "lossless", "exit_rule": "margin", "exit_threshold": 0.4}
+    asked = ExitParams.parse(own, steered, T).settled(T)
+    assert engine.request(asked.controls()) == asked and not asked.guided
 
 
 def test_one_loop_limit_moves_the_default_of_the_other() -> None:
@@ -59,8 +102,8 @@ def test_one_loop_limit_moves_the_default_of_the_other() -> None:
 
 def test_forced_depths_turn_the_gate_off() -> None:
     params = parse(forced_depths=[3, 1], exit_threshold=0.2)
-    assert params.forced_depths == (3, 1) and params.gate_threshold == 1.0
-    assert parse(exit_threshold=0.2).gate_threshold == 0.2
+    assert params.forced_depths == (3, 1) and params.threshold_of(GATE) == 1.0
+    assert parse(exit_threshold=0.2).threshold_of(GATE) == 0.2
 
 
 @pytest.mark.parametrize("steps", [0, -1, None, "4", 2.0, True, MOST_LOOPS + 1])
@@ -169,7 +212,7 @@ def test_a_threshold_that_was_given_says_where_to_draft() -> None:
     own = config.request({"exit_mode": "lossless", "exit_threshold": 0.2})
     assert (own.exit_threshold, own.guided) == (0.2, False)
     forced = config.request({"exit_mode": "lossless", "forced_depths": [1]})
-    assert not forced.guided and forced.gate_threshold == 1
+    assert not forced.guided and forced.threshold_of(GATE) == 1
     again = config.request(own.controls()), config.request({"exit_mode": "lossless"}).controls()
     assert again[0] == own and "exit_threshold" not in again[1]
 

@@ -1,6 +1,9 @@
-"""Rows go through their own adapters, in any order and number; those without one through none."""
+"""Rows go through their own adapters, in any order and number; those without one through none. And
+what an adapter may hold of the exit gate."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +11,8 @@ import torch
 from vllm.lora.layers import LoRAMapping
 
 from ouro_runtime.engine.cpu.adapters import RowAdapters
+from ouro_runtime.engine.cpu.gates import Gate, changed
+from ouro_runtime.exit.gate import halt_probability
 
 IN, WIDTHS, RANK, SLOTS = 12, (8, 4), 3, 2
 
@@ -60,3 +65,49 @@ def test_a_step_without_adapters_adds_nothing() -> None:
     y = torch.ones(2, sum(WIDTHS))
     rows.add_lora_linear(y, torch.ones(2, IN), (), (), 1.0, ())
     assert torch.equal(y, torch.ones(2, sum(WIDTHS)))
+
+
+def test_the_gate_of_a_row_is_its_adapters() -> None:
+    """Adapter 7 has a gate of its own, 5 has not, 0 is none."""
+    generator = torch.Generator().manual_seed(2)
+    gate = Gate(torch.randn(1, IN, generator=generator), torch.tensor([0.5]))
+    rows = RowAdapters(torch.device("cpu"))
+    rows.gated = {7: SimpleNamespace(gate=gate), 5: SimpleNamespace(gate=None)}
+    rows.update_metadata(LoRAMapping((0, 5), (0, 5)), [7, 5], SLOTS + 1, 100)
+    adapters = [0, 7, 5, 7, 0]
+    rows.place(np.array(adapters, np.int64))
+    hidden = torch.randn(len(adapters), IN, generator=generator)
+    halt = torch.full((len(adapters),), 0.25)
+    rows.halt(hidden, halt)
+    own = halt_probability(hidden, *gate)
+    for row, adapter in enumerate(adapters):
+        assert halt[row] == (own[row] if adapter == 7 else 0.25)
+
+
+WEIGHT, BIAS = torch.arange(4.0).unsqueeze(0), torch.tensor([1.0])
+A, B = torch.eye(2, 4), torch.tensor([[2.0, 4.0]])
+
+
+def test_an_adapter_changes_the_gate_by_low_rank_or_brings_its_own() -> None:
+    gate = changed(WEIGHT, BIAS, {"lora_A.weight": A, "lora_B.weight": B}, scale=0.5)
+    assert torch.equal(gate.weight, WEIGHT + torch.tensor([[1.0, 2.0, 0.0, 0.0]]))
+    assert torch.equal(gate.bias, BIAS)
+    own = {"weight": -WEIGHT.bfloat16(), "bias": BIAS + 1}
+    assert all(map(torch.equal, changed(WEIGHT, BIAS, own, 0.5), (-WEIGHT, BIAS + 1)))
+    assert torch.equal(changed(WEIGHT, BIAS, {"weight": WEIGHT}, 0.5).bias, BIAS)
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ({"lora_A.weight": A}, r"lora_B\.weight is missing"),
+        ({"bias": BIAS}, r"early_exit_gate\.weight is missing"),
+        ({"weight": WEIGHT, "lora_A.weight": A, "lora_B.weight": B}, "gate.weight: of an exit"),
+        ({"weight": WEIGHT, "lora_bias": BIAS}, "gate.lora_bias: of an exit gate"),
+        ({"weight": WEIGHT.T}, r"gate\.weight is \(4, 1\), not \(1, 4\)"),
+        ({"lora_A.weight": A, "lora_B.weight": B[:, :1]}, r"lora_B\.weight is \(1, 1\)"),
+    ],
+)
+def test_what_is_no_gate_is_refused_by_name(held: dict[str, torch.Tensor], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        changed(WEIGHT, BIAS, held, 1.0)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ouro_runtime.config import DELTA, GATE, RULES
 from ouro_runtime.training.evaluate import suite
 from ouro_server.calibrate.questions import Question
 from ouro_server.calibrate.run import Answer
@@ -39,15 +40,23 @@ class FakeEngine:
         return [[int(question.prompt or 0)] for question in questions]
 
     def answer(
-        self, prompts: Sequence[Sequence[int]], mode: str, threshold: float, max_tokens: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        mode: str,
+        threshold: float,
+        max_tokens: int,
+        rule: str = GATE,
     ) -> list[Answer]:
         if self.calls == self.dies_after:
             raise KeyboardInterrupt
         self.calls += 1
-        full = threshold == 1
+        most, off = RULES[rule]
+        full = threshold == off
+        # As if a change of the state were what is left to be sure.
+        sure = most - threshold if rule == DELTA else threshold
         found = []
         for (n,) in prompts:
-            tokens = [n, n + 1 if threshold >= self.fails.get(n, 0) else -1, 2]
+            tokens = [n, n + 1 if full or sure >= self.fails.get(n, 0) else -1, 2]
             depths = [LOOPS] * 3 if full else [1, 2, 3]
             found.append(Answer(tokens, depths, str(tokens[1])))
         return found

@@ -94,6 +94,7 @@ def test_depth_shows_the_documented_fields(spec: Any) -> None:
     assert shown[:4] == ["object", "model", "loops", "modes"]
     assert names("(shortened here)") == shown[4:]
     assert names("`controller` is the latency") == list(properties(spec, "ControllerInfo"))
+    assert names("`agreement` is the target") == list(properties(spec, "ClassAgreement"))
 
 
 def test_the_presets_file_has_the_documented_sections() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from ouro_server.calibrate.bounds import at_most
+from ouro_server.bounds import at_most
 from ouro_server.calibrate.choose import Point, choose
 from tests.server.calibration_pool import load
 

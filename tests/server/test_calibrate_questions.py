@@ -94,8 +94,9 @@ def test_the_defaults_are_one_promise() -> None:
         "agree",
     )
     assert made.each == pytest.approx(0.95)
-    assert made.thresholds == tuple(sorted(made.thresholds, reverse=True))
-    assert 1.0 not in made.thresholds
+    (grid,) = made.thresholds.values()
+    assert grid == tuple(sorted(grid, reverse=True))
+    assert 1.0 not in grid
 
 
 def test_promises_share_the_confidence() -> None:
@@ -115,7 +116,8 @@ def test_promises_share_the_confidence() -> None:
         ("--confidence", "0.5", "above 0.5 and below 1"),
         ("--confidence", "1", "above 0.5 and below 1"),
         ("--thresholds", "1.5", "from 0 to 1"),
-        ("--thresholds", "1", "below 1"),
+        ("--thresholds", "1", "another one than 1"),
+        ("--rules", "gate,", "one of gate, margin, delta"),
         ("--modes", "shared", "one of skip, exact, got 'shared'"),
         ("--modes", "skip,", "one of skip, exact"),
         ("--modes", "lossless", "nothing to calibrate"),
@@ -131,3 +133,11 @@ def test_a_bad_option_is_named_with_what_is_allowed(option: str, value: str, sai
         plan(f"{option}={value}")
     assert option in str(refusal.value)
     assert said in str(refusal.value)
+
+
+def test_thresholds_are_of_one_rule_and_in_its_unit() -> None:
+    assert plan("--rules=delta", "--thresholds=2,0.5,0").thresholds == {"delta": (0.5, 2.0)}
+    with pytest.raises(CalibrationError, match="from 0 to 2 for the rule delta"):
+        plan("--rules=delta", "--thresholds=2.5")
+    with pytest.raises(CalibrationError, match="--thresholds are of one rule"):
+        plan("--rules=gate,margin", "--thresholds=0.5")

@@ -12,7 +12,7 @@ import pytest
 
 from ouro_server import checkpoint, cli
 from ouro_server.calibrate import command
-from ouro_server.calibrate.plan import NO_PROMISE
+from ouro_server.calibrate.plan import NO_PROMISE, THRESHOLDS
 from ouro_server.calibrate.state import opened
 from ouro_server.presets import SHIPPED, PresetBook
 from tests.server.calibrating import LOOPS, FakeEngine
@@ -80,6 +80,7 @@ def test_the_lowest_threshold_that_keeps_the_promise_becomes_a_preset(
         "min_loops": 1,
         "max_loops": LOOPS,
         "exit_mode": "skip",
+        "exit_rule": "gate",
     }
     shipped = PresetBook.load(SHIPPED, LOOPS)
     assert {**book.presets, **shipped.presets} == dict(book.presets)
@@ -127,6 +128,38 @@ def test_several_promises_and_modes_have_presets_of_their_own(calibration: Calib
         "agree-98-exact": (0.6, "exact"),
         "agree-85-exact": (0.3, "exact"),
     }
+
+
+def test_every_rule_is_calibrated_in_its_own_unit(calibration: Calibration) -> None:
+    options = ["--rules", "gate,margin,delta", "--loss", "0.02"]
+    assert calibration.run(FakeEngine(FEW_FAIL), *options) == 0
+    presets = PresetBook.load(calibration.out / "presets.yaml", LOOPS).presets
+    chosen = {
+        name: (preset.controls["exit_rule"], preset.controls["exit_threshold"])
+        for name, preset in presets.items()
+        if name.startswith("agree")
+    }
+    assert chosen == {
+        "agree-98": ("gate", 0.35),
+        "agree-98-margin": ("margin", 0.4),
+        "agree-98-delta": ("delta", 0.8),
+    }
+    report = calibration.report()
+    assert "bound at 98.33 %" in report, "three series share the confidence"
+    table = report.split("## Every threshold, `delta skip`")[1].split("##")[0]
+    tested = [line.split(" | ")[0].strip("| ") for line in table.splitlines() if "0" in line]
+    assert tested == ["0", *THRESHOLDS["delta"].split(",")]
+    assert "agree-98-margin: exit_rule margin, exit_threshold 0.4" in report
+
+
+def test_a_rule_of_its_own_thresholds_goes_from_full_depth_on(calibration: Calibration) -> None:
+    """The first that fails ends it, though cheaper ones look good."""
+    options = ["--rules", "delta", "--thresholds", "1.9,0.5,0,1.7", "--loss", "0.02"]
+    assert calibration.run(FakeEngine(FEW_FAIL), *options) == 0
+    presets = PresetBook.load(calibration.out / "presets.yaml", LOOPS).presets
+    assert presets["agree-98-delta"].controls["exit_threshold"] == 0.5
+    rows = [line for line in calibration.report().splitlines() if line.startswith("| ")][2:]
+    assert [row.split(" | ")[0].strip("| ") for row in rows] == ["0", "0.5", "1.7", "1.9"]
 
 
 def test_against_expected_answers_only_what_full_depth_gets_right_can_be_lost(

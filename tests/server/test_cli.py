@@ -339,6 +339,24 @@ def test_vllms_options_get_our_defaults_unless_chosen() -> None:
 
 
 @pytest.mark.usefixtures("environ")
+def test_the_shipped_checkpoint_has_its_name_unless_a_folder_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ouro_server import launch
+
+    monkeypatch.chdir(tmp_path)
+    for argv in (["ouro-mini"], ["--model", "ouro-mini"]):
+        args = launch.parse(argv)
+        assert (args.model, args.served_model_name) == (str(checkpoint.shipped()), ["ouro-mini"])
+        assert args.structured_outputs_config.backend == "xgrammar"
+    assert launch.parse(["ouro-mini", "--served-model-name", "m"]).served_model_name == ["m"]
+    assert checkpoint.locate("some/model") == "some/model"
+    (tmp_path / "ouro-mini").mkdir()
+    assert launch.parse(["ouro-mini"]).model == checkpoint.locate("ouro-mini") == "ouro-mini"
+    assert launch.parse([]).model == str(checkpoint.shipped())
+
+
+@pytest.mark.usefixtures("environ")
 def test_what_depends_on_the_checkpoint_is_set_unless_chosen(folder: Path) -> None:
     from ouro_server import launch
 

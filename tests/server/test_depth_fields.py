@@ -40,6 +40,8 @@ BAD = [
     ("exit_mode", 1),
     ("exit_mode", True),
     ("exit_mode", ""),
+    ("exit_rule", "entropy"),
+    ("exit_rule", 1),
     ("return_depths", 1),
     ("return_depths", "true"),
     ("return_exit_cdf", 1),
@@ -161,7 +163,13 @@ def test_controls_are_found_in_both_places() -> None:
     assert find_controls(body) == {"exit_threshold": 0.5, "max_loops": 2}
 
 
-CONTROLS = {"exit_threshold": 0.5, "min_loops": 1, "max_loops": 3, "exit_mode": "exact"}
+CONTROLS = {
+    "exit_threshold": 1.5,
+    "min_loops": 1,
+    "max_loops": 3,
+    "exit_mode": "exact",
+    "exit_rule": "delta",
+}
 
 
 def extra_args(model: type, body: dict, arguments: tuple) -> dict:
@@ -209,6 +217,7 @@ def test_a_preset_reaches_the_engine(
         "min_loops": 2,
         "max_loops": 4,
         "exit_mode": "skip",
+        "exit_rule": "gate",
     }
 
 
@@ -221,6 +230,7 @@ def test_a_request_without_controls_is_handed_the_defaults(
         "min_loops": 1,
         "max_loops": 4,
         "exit_mode": "skip",
+        "exit_rule": "gate",
     }
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from ouro_server.depth_routes import depth_info
+from ouro_runtime.config import DepthError
+from ouro_server.depth_routes import check_rule_of, depth_info
 from ouro_server.plugin import list_aliases, why_fixed
 from ouro_server.presets import PresetBook
 from ouro_server.served import ServedDepth
@@ -52,18 +53,35 @@ def test_depth_says_whether_there_are_drafts(depth: ServedDepth, drafts: bool) -
     assert depth_info(replace(depth, drafts=drafts)).drafts is drafts
 
 
+BUILT_IN = {
+    "exit_threshold": 1.0,
+    "min_loops": 1,
+    "max_loops": 4,
+    "exit_mode": "skip",
+    "exit_rule": "gate",
+}
+
+
 def test_depth_shows_everything_a_client_may_ask_for(client: TestClient) -> None:
     shown = client.get("/v1/depth").json()
-    controller = shown.pop("controller")
-    assert controller["active"] is False
+    controller, agreement = shown.pop("controller"), shown.pop("agreement")
+    assert controller["active"] is agreement["active"] is False
     assert shown == {
         "object": "depth",
         "model": "m",
         "loops": 4,
         "modes": ["auto", "skip", "exact", "shared", "lossless"],
         "pages_per_token": {"auto": 4, "skip": 4, "exact": 4, "shared": 1, "lossless": 4},
+        "rules": {
+            "gate": {"most": 1.0, "off": 1.0},
+            "margin": {"most": 1.0, "off": 1.0},
+            "delta": {"most": 2.0, "off": 0.0},
+        },
+        "return_loops": True,
         "drafts": True,
-        "defaults": {"exit_threshold": 1.0, "min_loops": 1, "max_loops": 4, "exit_mode": "skip"},
+        "audit": 0.0,
+        "gave_way": [],
+        "defaults": BUILT_IN,
         "presets": {
             "quick": {
                 "description": "Drafts.",
@@ -71,6 +89,7 @@ def test_depth_shows_everything_a_client_may_ask_for(client: TestClient) -> None
                 "min_loops": None,
                 "max_loops": 3,
                 "exit_mode": None,
+                "exit_rule": "gate",
             }
         },
         "reasoning_effort": {"low": "quick"},
@@ -88,7 +107,7 @@ def test_a_change_is_shown_and_applies_to_the_next_request(client: TestClient, s
     assert answer.status_code == 200
     assert answer.json() == client.get("/v1/depth").json()
     now = answer.json()["defaults"]
-    assert now == {"exit_threshold": 0.4, "min_loops": 2, "max_loops": 4, "exit_mode": "skip"}
+    assert now == BUILT_IN | {"exit_threshold": 0.4, "min_loops": 2}
     assert post(client, CHAT, BODIES[CHAT]).status_code == 418
     assert seen.requests[0].resolved.controls() == now
     assert seen.requests[0].resolved.source == "default"
@@ -113,6 +132,9 @@ def test_what_is_shown_is_what_a_steered_request_gets(
         ({"min_loops": 2, "max_loops": 5}, "max_loops"),
         ({"min_loops": 2, "exit_mode": "x" * 10**5}, "exit_mode"),
         ({"min_loops": 2, "treshold": 1}, "treshold"),
+        ({"exit_rule": "delta"}, "exit_threshold"),
+        ({"exit_rule": "x", "exit_threshold": 0.5}, "exit_rule"),
+        ({"exit_rule": {}, "exit_threshold": 0.5}, "exit_rule"),
     ],
 )
 def test_a_wrong_change_is_refused_whole(client: TestClient, fields: dict, param: str) -> None:
@@ -154,6 +176,29 @@ def test_a_server_that_must_not_be_changed_says_why(
 def test_a_key_from_the_environment_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "k")
     assert why_fixed(Namespace(api_key=None), 1) is None
+
+
+@pytest.mark.parametrize(
+    ("served", "said"),
+    [
+        ({"reads_loops": False}, "not supported on CUDA yet"),
+        ({"steering": object()}, "must stay gate: --target-tpot-ms"),
+    ],
+)
+def test_a_default_rule_that_this_server_cannot_have_is_refused(
+    depth: ServedDepth, served: dict[str, Any], said: str
+) -> None:
+    fields = {"exit_rule": "margin", "exit_threshold": 0.5}
+    check_rule_of(depth, fields)
+    check_rule_of(replace(depth, **served), {"exit_rule": "gate", "exit_threshold": 0.5})
+    with pytest.raises(DepthError, match=said) as refusal:
+        check_rule_of(replace(depth, **served), fields)
+    assert refusal.value.param == "exit_rule"
+
+
+def test_an_engine_that_reads_no_loops_offers_the_gate_alone(depth: ServedDepth) -> None:
+    shown = depth_info(replace(depth, reads_loops=False))
+    assert list(shown.rules) == ["gate"] and not shown.return_loops
 
 
 def test_a_model_without_loops_has_no_depth(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ PRESETS = [
     if block.language == "yaml" and "presets:" in block.text
 ]
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
-AS_SHIPPED = {"agree-99": "quality"}
+AS_SHIPPED = {"agree-95": "balanced"}
 """Presets that a user's own file has, by the one of the shipped file that is asked for instead."""
 
 OF_OTHERS = {"--build", "--from-literal", "--minutes", "--time", "--wait"}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ouro_server.checkpoint import shipped
 from tests.engine.adapters import write_adapter
@@ -31,7 +32,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapters")
     for seed, name in enumerate(("first", "second")):
         write_adapter(folder / name, str(shipped()), seed=seed)
-    write_adapter(folder / "gate", str(shipped()), seed=2, targets=("q_proj", "early_exit_gate"))
+    write_adapter(folder / "head", str(shipped()), seed=2, targets=("q_proj", "lm_head"))
+    never = torch.zeros(1, 128), torch.tensor([-50.0])
+    write_adapter(folder / "never", str(shipped()), seed=3, targets=(), gate=never)
     return folder
 
 
@@ -110,11 +113,28 @@ def test_adapters_come_and_go_while_it_serves(adapted: Live, folder: Path) -> No
     assert gone.status_code == 404
 
 
+def test_an_adapter_may_bring_a_gate_of_its_own(adapted: Live, folder: Path) -> None:
+    """One that never says that a loop suffices."""
+    assert load(adapted, "never", folder / "never").status_code == 200
+    asked: dict[str, Any] = {"messages": ASK, "max_tokens": 12, "temperature": 0}
+    depths, texts = {}, {}
+    for model in ("ouro-mini@fast", "never@fast", "ouro-mini@full"):
+        answer = adapted.client.chat.completions.create(
+            model=model, extra_body={"return_depths": True}, **asked
+        )
+        depths[model] = set(answer.choices[0].depths)
+        texts[model] = answer.choices[0].message.content
+    assert depths["never@fast"] == {4} != depths["ouro-mini@fast"]
+    assert texts["never@fast"] == texts["ouro-mini@full"]
+    body = {"lora_name": "never"}
+    assert adapted.http.post("/v1/unload_lora_adapter", json=body).status_code == 200
+
+
 def test_adapters_that_cannot_be_loaded_are_refused(adapted: Live, folder: Path) -> None:
     assert load(adapted, "none", folder / "none").status_code == 404
-    gate = load(adapted, "gate", folder / "gate")
-    assert gate.status_code == 400
-    assert "early_exit_gate" in gate.json()["error"]["message"]
+    head = load(adapted, "head", folder / "head")
+    assert head.status_code == 400
+    assert "lm_head" in head.json()["error"]["message"]
     (folder / "empty").mkdir()
     assert load(adapted, "empty", folder / "empty").status_code in (400, 404)
     assert text(adapted, "first") != text(adapted, "ouro-mini")

@@ -69,7 +69,8 @@ def test_keys_inside_xargs_that_something_reads_pass(
 @pytest.mark.parametrize("path", BODIES)
 def test_good_values_reach_vllms_handler(served: tuple[TestClient, Seen], path: str) -> None:
     client, seen = served
-    controls = {"exit_threshold": 0.5, "min_loops": 2, "max_loops": 3, "exit_mode": "exact"}
+    controls = {"exit_threshold": 1.5, "min_loops": 2, "max_loops": 3, "exit_mode": "exact"}
+    controls["exit_rule"] = "delta"
     assert post(client, path, BODIES[path] | controls).status_code == 418
     assert post(client, path, BODIES[path] | {"vllm_xargs": controls}).status_code == 418
     for request in seen.requests:

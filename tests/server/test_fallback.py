@@ -27,9 +27,11 @@ def test_only_what_a_request_lacks_is_filled_in() -> None:
         "min_loops": 1,
         "max_loops": 4,
         "exit_mode": "exact",
+        "exit_rule": "gate",
     }
 
     own = {"exit_threshold": 0.1, "min_loops": 2, "max_loops": 3, "exit_mode": "skip"}
+    own["exit_rule"] = "margin"
     complete = SamplingParams(extra_args=dict(own))
     engine.generate("prompt", sampling_params=complete)
     assert complete.extra_args == own

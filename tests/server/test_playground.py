@@ -64,6 +64,16 @@ def inspected(page: Browser) -> list[str]:
     )
 
 
+def words(page: Browser) -> list[str]:
+    """What the inspector's loops would say, one per loop that ran."""
+    shown = "return [...document.querySelectorAll('#inspector .word code')].map((v) => v.innerText)"
+    return page.script(shown)
+
+
+def said(loops: list[list[dict[str, Any]]]) -> list[str]:
+    return [json.dumps(guesses[0]["token"]) for guesses in loops]
+
+
 def test_the_page_needs_no_key_and_the_api_behind_it_does(browser: Browser, live: Live) -> None:
     browser.open(f"{live.url}/playground")
     browser.script("sessionStorage.clear()")
@@ -108,7 +118,7 @@ def test_tokens_stream_and_are_coloured_by_the_depths_of_the_api(page: Browser, 
 def test_pointer_and_keyboard_both_show_how_a_token_left(page: Browser, live: Live) -> None:
     page.script(SLIDE, A, {"exit_threshold": 0.5})
     ask(page, HARD)
-    choice = asked_of_api(live, HARD, exit_threshold=0.5, logprobs=True).choices[0]
+    choice = asked_of_api(live, HARD, exit_threshold=0.5, logprobs=True, return_loops=2).choices[0]
     rows = [
         [*(f"{value:.3f}" for value in cdf), *["not run"] * (LOOPS - len(cdf))]
         for cdf in choice.exit_cdf
@@ -117,6 +127,7 @@ def test_pointer_and_keyboard_both_show_how_a_token_left(page: Browser, live: Li
     shown = page.until("hovers", "#inspector", lambda text: "Depth" in text)
     assert f"Depth {choice.depths[0]} of {LOOPS} · probability" in shown
     assert inspected(page) == rows[0]
+    assert words(page) == said(choice.loops[0])
     page.hover("#model")
     page.until("leaves", "#inspector", lambda text: not text)
 
@@ -126,6 +137,7 @@ def test_pointer_and_keyboard_both_show_how_a_token_left(page: Browser, live: Li
     shown = page.until("focuses", "#inspector", lambda text: "Depth" in text)
     assert f"Depth {choice.depths[1]} of {LOOPS}" in shown
     assert inspected(page) == rows[1]
+    assert words(page) == said(choice.loops[1])
     page.press(ESCAPE)
     assert page.text("#inspector") == ""
 
@@ -168,6 +180,19 @@ def test_lossless_is_offered_and_a_draft_that_was_taken_back_is_shown(
     page.until("hovers", "#inspector", lambda text: "another token, taken back" in text)
     page.script(SLIDE, A, {"exit_threshold": 1})
     assert page.text(f"{A} .sliders b") == "server's rule"
+
+
+def test_another_rule_is_chosen_with_a_threshold_in_its_unit(page: Browser, live: Live) -> None:
+    page.script(SLIDE, A, {"exit_mode": "skip", "exit_rule": "delta"})
+    slider = f"document.querySelector('{A} [name=exit_threshold]')"
+    assert page.script(f"return [{slider}.max, {slider}.value]") == ["2", "0"]
+    page.script(SLIDE, A, {"exit_threshold": 0.6})
+    ask(page, HARD)
+    answer = asked_of_api(live, HARD, exit_rule="delta", exit_threshold=0.6, exit_mode="skip")
+    assert [token["depth"] for token in page.script(TOKENS, A)] == answer.choices[0].depths
+    assert 1 < answer.usage.depth["mean"] < LOOPS
+    page.hover(f"{A} .token:nth-of-type(1)")
+    page.until("hovers", "#inspector", lambda text: "left by delta, threshold 0.6" in text)
 
 
 def test_a_preset_is_asked_for_by_name_and_a_conversation_goes_on(page: Browser) -> None:

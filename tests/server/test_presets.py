@@ -34,7 +34,8 @@ def load(file: Path, text: str, loops: int = 4) -> PresetBook:
 
 def test_a_file_is_read_as_it_stands(file: Path) -> None:
     book = load(file, WHOLE)
-    assert book.presets["quick"].controls == {"exit_threshold": 0.2, "max_loops": 3}
+    quick = {"exit_threshold": 0.2, "max_loops": 3, "exit_rule": "gate"}
+    assert book.presets["quick"].controls == quick
     assert book.presets["quick"].description == "For drafts."
     assert book.presets["exact"].controls == {"exit_mode": "exact"}
     assert book.efforts == {"low": "quick"}
@@ -76,6 +77,8 @@ def test_an_empty_file_has_no_presets(file: Path) -> None:
         ("presets: {a: {max_loops: 5}}", "'a': max_loops must be an integer from 1 to 4, got 5"),
         ("presets: {a: {min_loops: 3, max_loops: 2}}", r"min_loops \(3\) must not exceed"),
         ("presets: {a: {exit_mode: full}}", "exit_mode must be one of auto, skip, exact"),
+        ("presets: {a: {exit_rule: margin}}", "exit_rule needs exit_threshold"),
+        ("presets: {a: {exit_rule: gate, exit_threshold: 1.5}}", "from 0 to 1"),
         ("presets: {a: {exit_threshold: 1, description: 3}}", "description must be text"),
         ("presets: {a b: {exit_threshold: 1}}", "a name must be up to 64"),
         ("presets: {a@b: {exit_threshold: 1}}", "a name must be up to 64"),

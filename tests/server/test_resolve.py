@@ -94,6 +94,17 @@ def test_what_a_preset_leaves_out_is_the_servers_default() -> None:
     assert read({"depth_preset": "fast"}, served=served).params == ExitParams(0.3, 2, 4, "exact")
 
 
+def test_a_presets_threshold_is_the_gates_whatever_rule_the_server_has() -> None:
+    served = serve(BOOK)
+    served.defaults.change({"exit_rule": "delta", "exit_threshold": 0.4})
+    assert read(served=served).params == ExitParams(0.4, 1, 4, "skip", exit_rule="delta")
+    assert read({"depth_preset": "fast"}, served=served).params.threshold_of("gate") == 0.3
+    other = {"exit_rule": "margin", "exit_threshold": 0.3}
+    with pytest.raises(DepthError, match="exit_rule is 'margin' but depth_preset 'fast'"):
+        read({"depth_preset": "fast"}, other, served=served)
+    assert read(ALIAS, other, served=served).params.threshold_of("margin") == 0.3
+
+
 @pytest.mark.parametrize(
     ("parts", "param", "both"),
     [

@@ -130,6 +130,10 @@ def test_what_the_system_refuses_is_one_line(
         (RuntimeError("Failed core proc(s): {'e': -9}"), "most likely memory ran out"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "do not fit into memory"),
         (RuntimeError("No working C++ compiler found"), "install g++, or --enforce-eager"),
+        (
+            AssertionError("x. Please try to bind threads manually or decrease DP/TP/PP."),
+            "x. Set VLLM_CPU_OMP_THREADS_BIND in the environment: nobind",
+        ),
         (KeyError("added"), "KeyError: 'added' (VLLM_LOGGING_LEVEL=DEBUG shows where)"),
         (KeyError("no such parser: x"), "no such parser: x"),
         (AssertionError(), "AssertionError (VLLM_LOGGING_LEVEL=DEBUG shows where)"),

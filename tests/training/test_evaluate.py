@@ -1,5 +1,7 @@
 """The targets of `ouro-mini` hold where they should, and can fail."""
 
+import json
+
 import pytest
 
 from ouro_runtime.training.evaluate import Check, Result, Score, Setting, checks
@@ -66,3 +68,9 @@ def test_depth_must_grow_in_three_families_and_says_where_it_does_not() -> None:
     assert one.measured.count("(not at every step)") == 1
     (flat,) = told(DEPTHS, result(Controls(0.5), 99, [1]), grows)
     assert not flat.holds
+
+
+def test_a_kept_result_is_read_as_it_was_written() -> None:
+    for controls in (Controls(0.5), Controls(0.4, exit_rule="delta"), Controls(max_loops=2)):
+        made = result(controls, 99, [1, 2])
+        assert Result.from_dict(json.loads(json.dumps(made.to_dict()))) == made

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from ouro_runtime.training.export import read_config
 from ouro_runtime.training.model import LoopLM, LoopLMConfig
 from ouro_runtime.training.reference import Controls, Reference, exit_depths, stand_in
+from tests.reference.model import Reference as IndependentReference
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,31 @@ def test_released_code_agrees(mode: str) -> None:
             assert depths[i] == want["depths"], (q, i)
             compared += 1
     assert compared >= 3
+
+
+@pytest.mark.parametrize("mode", ["exact", "skip"])
+@pytest.mark.parametrize(
+    ("rule", "thresholds"), [("margin", (0.002, 0.005, 0.01)), ("delta", (0.6, 0.8, 1.0))]
+)
+def test_the_other_rules_are_those_of_the_tests_own_reference(
+    rule: str, thresholds: tuple[float, ...], mode: str
+) -> None:
+    """Two codes that share none, where no near-tie could flip them."""
+    model = LoopLM(read_config(GOLDEN))
+    model.load_state_dict(load_file(GOLDEN / "model.safetensors"))
+    independent = IndependentReference(GOLDEN)
+    prompts = [r["prompt"] for r in json.loads((GOLDEN / "golden.json").read_text())["records"]][:3]
+    seen = set()
+    for q in thresholds:
+        controls = Controls(q, exit_mode=mode, exit_rule=rule)
+        tokens, depths = Reference(model).generate(prompts, controls, 10, stop=())
+        for prompt, token, depth in zip(prompts, tokens, depths, strict=True):
+            want = independent.generate(prompt, 10, threshold=q, rule=rule, mode=mode)
+            sure = next((i for i in range(10) if want.margin(i) < 1e-4), 10)
+            assert token[:sure] == want.tokens[:sure]
+            assert depth[:sure] == want.depths[:sure]
+            seen |= set(depth[:sure])
+    assert len(seen) >= 3
 
 
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8])

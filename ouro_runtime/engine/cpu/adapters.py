@@ -8,7 +8,7 @@ index is -1. Here rows go adapter by adapter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from ouro_runtime.engine.pin import check_parameters
+from ouro_runtime.exit.gate import halt_probability
 
 check_parameters(PunicaWrapperCPU.__init__, "max_num_batched_tokens", "max_batches", "device")
 check_parameters(PunicaWrapperCPU.update_metadata, "mapping", "lora_index_to_id")
@@ -23,12 +24,19 @@ check_parameters(PunicaWrapperCPU.add_lora_linear, "lora_a_stacked", "scale", "o
 
 
 class RowAdapters(PunicaWrapperCPU):
-    """Which rows go through which adapters, and going through them."""
+    """Which rows go through which adapters, and going through them.
+
+    Attributes:
+        gated: adapters by id; `gate` of each, weight [1, H] and bias [1], may be None.
+    """
+
+    gated: Mapping[int, Any]
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(max_num_batched_tokens=1, max_batches=1, device=device)
         self._slot_of: dict[int, int] = {}
-        self._groups: list[tuple[int, torch.Tensor]] = []
+        self._groups: list[tuple[int, int, torch.Tensor]] = []
+        self.gated = {}
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: Sequence[int | None], *_: Any, **__: Any
@@ -42,7 +50,7 @@ class RowAdapters(PunicaWrapperCPU):
     def place(self, adapters: np.ndarray) -> None:
         """The next rows are those of adapters [N] int64, by vLLM's ids; 0 is none."""
         self._groups = [
-            (self._slot_of[adapter], torch.from_numpy(np.nonzero(adapters == adapter)[0]))
+            (adapter, self._slot_of[adapter], torch.from_numpy(np.nonzero(adapters == adapter)[0]))
             for adapter in np.unique(adapters).tolist()
             if adapter > 0
         ]
@@ -63,10 +71,17 @@ class RowAdapters(PunicaWrapperCPU):
             lora_a_stacked, lora_b_stacked: per slice of `y`, [slots, 1, rank, in] and [slots, 1,
                 width, rank]; scales are in them.
         """
-        for slot, rows in self._groups:
+        for _adapter, slot, rows in self._groups:
             part = x.index_select(0, rows).float()
             start = 0
             for a, b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
                 added = part @ a[slot, 0].float().T @ b[slot, 0].float().T
                 y[:, start : start + width].index_add_(0, rows, (scale * added).to(y.dtype))
                 start += width
+
+    def halt(self, hidden: torch.Tensor, halt: torch.Tensor) -> None:
+        """Put into `halt` [N] what the adapters' own gates say of states [N, H], in place."""
+        for adapter, _, rows in self._groups:
+            gate = self.gated[adapter].gate if adapter in self.gated else None
+            if gate is not None:
+                halt[rows] = halt_probability(hidden.index_select(0, rows), *gate)

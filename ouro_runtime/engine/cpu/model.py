@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ouro_runtime.engine.cpu.gates import SKIPPED
 from ouro_runtime.engine.cpu.step import CPUStep
 from ouro_runtime.model.ouro import OuroForCausalLM
 
@@ -20,6 +21,7 @@ class OuroStepModel(OuroForCausalLM):
             are no steps (warm-up, log-probabilities of prompts).
     """
 
+    lora_skip_prefixes = (SKIPPED,)
     step: CPUStep | None = None
 
     def read_out(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,8 @@ What is overridden, and why:
 - `_sample` hands over the tokens that the passes sampled, and samples the requests that need the
   host first (grammars), whose logits the model gave between the two (`cpu/model.py`);
 - `sample_tokens` adds the step's depths to the output;
-- `load_lora_model` puts `RowAdapters` in the place of what maps rows to adapters.
+- `load_lora_model` puts `RowAdapters` in the place of what maps rows to adapters, and `GateManager`
+  in that of what loads them.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ from vllm.config import VllmConfig
 from vllm.lora import model_manager
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.outputs import SamplerOutput
+from vllm.v1.worker import lora_model_runner_mixin
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from ouro_runtime.cache.pages import LoopPages
 from ouro_runtime.cache.standin import StandIns
 from ouro_runtime.config import LoopConfig
 from ouro_runtime.engine.cpu.adapters import RowAdapters
+from ouro_runtime.engine.cpu.gates import GateManager
 from ouro_runtime.engine.cpu.pages import join_tables
 from ouro_runtime.engine.cpu.row_state import follow_budgets
-from ouro_runtime.engine.cpu.sampler import StepSampler
+from ouro_runtime.engine.cpu.sampler import SettledSampler, StepSampler
 from ouro_runtime.engine.cpu.step import CPUStep
 from ouro_runtime.engine.pin import check_parameters
 from ouro_runtime.engine.requests import LoopRequest
@@ -52,6 +55,8 @@ class OuroCPUModelRunner(CPUModelRunner):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
+        options = self.model_config
+        self.sampler = SettledSampler(options.logprobs_mode, options.use_fp64_gumbel)
         self.loop_config = LoopConfig.of(vllm_config)
         self.executor = StepExecutor(self.loop_config.loops)
         self.loop_requests: dict[str, LoopRequest] = {}
@@ -62,8 +67,13 @@ class OuroCPUModelRunner(CPUModelRunner):
 
     def load_lora_model(self, model: Any, vllm_config: Any, device: torch.device) -> Any:
         self._adapters = adapters = RowAdapters(device)
-        with mock.patch.object(model_manager, "get_punica_wrapper", return_value=adapters):
-            return super().load_lora_model(model, vllm_config, device)
+        with (
+            mock.patch.object(model_manager, "get_punica_wrapper", return_value=adapters),
+            mock.patch.object(lora_model_runner_mixin, "LRUCacheWorkerLoRAManager", GateManager),
+        ):
+            loaded = super().load_lora_model(model, vllm_config, device)
+        adapters.gated = self.lora_manager.gated
+        return loaded
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)

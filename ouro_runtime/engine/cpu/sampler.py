@@ -15,10 +15,30 @@ from vllm.v1.sample.sampler import _SAMPLING_EPS, Sampler
 
 from ouro_runtime.config import LOSSLESS
 from ouro_runtime.engine.cpu.row_state import is_idle, rows_of
+from ouro_runtime.engine.pin import check_parameters
 from ouro_runtime.engine.requests import LoopRequest
-from ouro_runtime.loop.greedy import argmax
+from ouro_runtime.loop.greedy import argmax, largest
+
+check_parameters(Sampler.gather_logprobs, "logprobs", "num_logprobs", "token_ids")
+check_parameters(Sampler.__init__, "logprobs_mode", "use_fp64_gumbel")
 
 place_of = attrgetter("position")
+
+
+class SettledSampler(Sampler):
+    """vLLM's, whose likeliest tokens do not depend on how many a neighbour asked for: a batch's
+    `num_logprobs` is its requests' largest, and `torch.topk` breaks ties differently for each."""
+
+    @staticmethod
+    def gather_logprobs(
+        logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor
+    ) -> LogprobsTensors:
+        own = Sampler.gather_logprobs(logprobs, 0, token_ids)
+        values, ids = largest(logprobs, num_logprobs)
+        return own._replace(
+            logprob_token_ids=torch.cat((own.logprob_token_ids, ids.to(torch.int32)), dim=1),
+            logprobs=torch.cat((own.logprobs, values), dim=1),
+        )
 
 
 def is_bare_greedy(metadata: SamplingMetadata) -> bool:

@@ -161,6 +161,8 @@ class CPUStep:
     def run_pass(self, hidden: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         with self._timed("block"):
             hidden, halt = self.model.model(hidden, torch.from_numpy(rows.pos))
+            if self.adapters is not None:
+                self.adapters.halt(hidden, halt)
         self.seconds["block"] -= self._cells.seconds
         self.seconds["stand_in"] += self._cells.seconds
         if self.asked.any():

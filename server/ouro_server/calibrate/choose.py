@@ -1,7 +1,7 @@
 """Which threshold may be promised: fixed-sequence testing, with exact binomial tests.
 
-The thresholds are a list that was written down before any answer was seen, from the safest (1:
-every loop) to the cheapest. For each in turn "it loses more than the promise allows" is tested at
+The thresholds are a list that was written down before any answer was seen, from the safest (every
+loop) to the cheapest. For each in turn "it loses more than the promise allows" is tested at
 the level that the confidence leaves, and the first that cannot be rejected ends the walk: so the
 chance that any threshold passed on the way loses more is at most that level, however many there are
 and whether or not loss grows along the list. This is fixed-sequence testing in the sense of A. N.
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from ouro_server.calibrate.bounds import trials_needed, upper_bound
+from ouro_server.bounds import trials_needed, upper_bound
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Choice:
     Attributes:
         loss, confidence: the promise; `confidence` is that of this promise alone.
         bounds: the bound of each point's loss, in the points' order.
-        chosen: the last point that passed; None if none did.
+        passed: how many points passed, from the first on.
+        chosen: the last that did; None if none did.
         stopped: the first that did not; None if all passed.
         needed: the fewest questions that could promise anything.
     """
@@ -62,6 +63,7 @@ class Choice:
     loss: float
     confidence: float
     bounds: tuple[float, ...]
+    passed: int
     chosen: Point | None
     stopped: Point | None
     needed: int
@@ -74,13 +76,15 @@ def choose(points: Sequence[Point], loss: float, confidence: float) -> Choice:
         points: from the safest threshold to the cheapest.
         loss: 0..1, exclusive. confidence: that none is chosen that loses more.
     """
-    assert all(a.threshold > b.threshold for a, b in pairwise(points))
+    down = [a.threshold > b.threshold for a, b in pairwise(points)]
+    assert all(down) or not any(down), "thresholds go one way"
     bounds = tuple(upper_bound(p.lost, p.questions, confidence) for p in points)
     passed = next((i for i, bound in enumerate(bounds) if bound > loss), len(points))
     return Choice(
         loss,
         confidence,
         bounds,
+        passed,
         points[passed - 1] if passed else None,
         points[passed] if passed < len(points) else None,
         trials_needed(loss, confidence),

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 import ouro_runtime
 from ouro_server import checkpoint, settings
+from ouro_server.bounds import trials_needed
 from ouro_server.calibrate import plot, presets, report
-from ouro_server.calibrate.bounds import trials_needed
 from ouro_server.calibrate.choose import Point, choose
 from ouro_server.calibrate.errors import CalibrationError
 from ouro_server.calibrate.plan import NO_PROMISE, Plan, build_parser
@@ -34,9 +34,7 @@ def main(argv: Sequence[str]) -> int:
     options, rest = build_parser().parse_known_args(list(argv))
     plan, questions = Plan.of(options), read(options.questions)
     check_expected(plan, questions)
-    model = options.model
-    if model == checkpoint.SHIPPED_NAME and not Path(model).is_dir():
-        model = str(checkpoint.shipped())
+    model = checkpoint.locate(options.model)
     config = checkpoint.read_config(model)
     loops = checkpoint.ANY_LOOPS if config is None else config["total_ut_steps"]
     PresetBook.load(options.presets, loops)
@@ -57,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     with opened(out / "state.jsonl", belongs) as state:
-        total = len(questions) * (1 + len(plan.modes) * len(plan.thresholds))
+        grids = sum(map(len, plan.thresholds.values()))
+        total = len(questions) * (1 + len(plan.modes) * grids)
         with tqdm(total=total, unit="answer", file=sys.stderr) as bar:
 
             def tell(what: str, count: int) -> None:
@@ -85,8 +84,8 @@ def finish(
 ) -> int:
     """Choose, write the files, and say what came of it."""
     promises = [
-        presets.Promise(plan, mode, choose(seen, loss, plan.each))
-        for mode, seen in points.items()
+        presets.Promise(plan, series, choose(points[series.name], loss, plan.each))
+        for series in plan.series
         for loss in plan.losses
     ]
     loops = round(next(iter(points.values()))[0].mean_depth)
@@ -111,7 +110,7 @@ def finish(
     content = presets.content(options.presets, promises, len(questions), loops)
     PresetBook.parse(content, loops)
     presets.write(file, content, f"{facts.model}, {facts.questions} questions")
-    served = "" if options.model == checkpoint.SHIPPED_NAME else f"{options.model} "
+    served = "" if checkpoint.is_shipped(options.model) else f"{options.model} "
     _say(f"wrote {out / 'report.md'} and {file}: ouro-serve {served}--presets {file}")
     return 0
 

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ouro_runtime.config import GATE
 from ouro_server.calibrate.errors import CalibrationError
 from ouro_server.calibrate.questions import Question
 from ouro_server.calibrate.run import Answer
+from ouro_server.choices import chosen, pass_params
 from ouro_server.vllm_api import SamplingParams
 
 
@@ -41,10 +43,16 @@ class VllmEngine:
         return list(tokenizer.encode(text, add_special_tokens=False))
 
     def answer(
-        self, prompts: Sequence[Sequence[int]], mode: str, threshold: float, max_tokens: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        mode: str,
+        threshold: float,
+        max_tokens: int,
+        rule: str = GATE,
     ) -> list[Answer]:
         longest = self.llm.model_config.max_model_len
         depth = {
+            "exit_rule": rule,
             "exit_threshold": threshold,
             "exit_mode": mode,
             "min_loops": 1,
@@ -66,14 +74,9 @@ class VllmEngine:
         self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
     ) -> list[list[bool]]:
         whole = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
-        passes = self._generate(whole, [params.clone() for _ in whole])
+        passes = self._generate(whole, [pass_params() for _ in whole])
         return [
-            [
-                # Of two likeliest tokens each is a choice.
-                entry[token].logprob == max(value.logprob for value in entry.values())
-                for token, entry in zip(answer, made.prompt_logprobs[len(prompt) :], strict=True)
-            ]
+            chosen(answer, made.prompt_logprobs[len(prompt) :])
             for prompt, answer, made in zip(prompts, answers, passes, strict=True)
         ]
 

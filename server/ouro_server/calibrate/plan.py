@@ -1,16 +1,23 @@
 """What a calibration is asked to do: the options, checked."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from ouro_runtime.config import DELTA, GATE, MARGIN, RULES
 from ouro_server.calibrate.errors import CalibrationError
 from ouro_server.presets import SHIPPED
 from ouro_server.settings import OneLineParser
 
-THRESHOLDS = "0.95,0.9,0.8,0.7,0.6,0.5,0.45,0.4,0.35,0.3,0.25,0.2"
+THRESHOLDS = {
+    GATE: "0.95,0.9,0.8,0.7,0.6,0.5,0.45,0.4,0.35,0.3,0.25,0.2",
+    MARGIN: "0.99,0.98,0.95,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2,0.1",
+    DELTA: "0.1,0.15,0.2,0.25,0.3,0.35,0.4,0.45,0.5,0.6,0.7,0.8",
+}
+"""By exit rule, in its own unit."""
+
 MODES = ("skip", "exact")
 """Modes in which a threshold changes answers."""
 
@@ -19,14 +26,32 @@ NO_PROMISE = 3
 """Exit status of a calibration that can promise nothing."""
 
 
+class Series(NamedTuple):
+    """What thresholds are tested of: an exit rule in a mode."""
+
+    rule: str
+    mode: str
+
+    @property
+    def name(self) -> str:
+        """The mode, with the rule before it if that is not the gate's."""
+        return self.mode if self.rule == GATE else f"{self.rule} {self.mode}"
+
+    @property
+    def off(self) -> float:
+        """The threshold that runs every loop."""
+        return RULES[self.rule][1]
+
+
 @dataclass(frozen=True)
 class Plan:
     """The options that answers and promises depend on.
 
     Attributes:
         losses: share of answers that may be lost, a promise each.
-        confidence: that all promises of all modes hold.
-        thresholds: below 1, descending; 1 is tested before them.
+        confidence: that all promises of all rules and modes hold.
+        thresholds: by exit rule, from the safest to the cheapest; the one that turns the rule off
+            is tested before them.
         check: `agree`: an answer is lost if it is not that of full depth, token for token;
             `expected`: if it is wrong where full depth is right.
         max_tokens: longest answer. chunk: questions answered between two saves.
@@ -35,7 +60,7 @@ class Plan:
     losses: tuple[float, ...]
     confidence: float
     modes: tuple[str, ...]
-    thresholds: tuple[float, ...]
+    thresholds: Mapping[str, tuple[float, ...]]
     check: str
     max_tokens: int
     chunk: int
@@ -43,7 +68,12 @@ class Plan:
     @property
     def each(self) -> float:
         """The confidence that each promise needs so that all hold (Bonferroni)."""
-        return 1 - (1 - self.confidence) / (len(self.losses) * len(self.modes))
+        return 1 - (1 - self.confidence) / (len(self.losses) * len(self.series))
+
+    @property
+    def series(self) -> list[Series]:
+        """All that is tested, in order."""
+        return [Series(rule, mode) for rule in self.thresholds for mode in self.modes]
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> "Plan":
@@ -53,17 +83,19 @@ class Plan:
             CalibrationError: naming the option and what is allowed.
         """
         losses = _numbers("--loss", options.loss, "above 0 and below 1", lambda v: 0 < v < 1)
-        low = _numbers("--thresholds", options.thresholds, "from 0 to 1", lambda v: 0 <= v <= 1)
-        thresholds = tuple(sorted({v for v in low if v < 1}, reverse=True))
-        if not thresholds:
-            raise CalibrationError("--thresholds must have one below 1 among them")
+        rules = _rules(options.rules)
+        if options.thresholds is not None and len(rules) > 1:
+            raise CalibrationError(
+                "--thresholds are of one rule: leave them out, or calibrate one rule after the "
+                "other, each with an --out of its own"
+            )
         return cls(
             tuple(sorted(set(losses))),
             _number(
                 "--confidence", options.confidence, "above 0.5 and below 1", lambda v: 0.5 < v < 1
             ),
             _modes(options.modes),
-            thresholds,
+            {rule: _grid(rule, options.thresholds) for rule in rules},
             _one_of("--check", options.check, CHECKS),
             _integer("--max-tokens", options.max_tokens),
             _integer("--chunk", options.chunk),
@@ -112,6 +144,12 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"Of {', '.join(MODES)}. Default: %(default)s.",
     )
     add(
+        "--rules",
+        metavar="RULE[,RULE..]",
+        default=GATE,
+        help=f"Exit rules, of {', '.join(RULES)}; presets for each. Default: %(default)s.",
+    )
+    add(
         "--check",
         metavar="WHAT",
         default="agree",
@@ -122,8 +160,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--thresholds",
         metavar="Q[,Q..]",
-        default=THRESHOLDS,
-        help="Thresholds to test, from 0 to 1. Default: %(default)s.",
+        help="Thresholds to test, of one rule and in its unit. Default:\n"
+        + "".join(f"{rule}: {grid}\n" for rule, grid in THRESHOLDS.items()),
     )
     add(
         "--max-tokens",
@@ -180,6 +218,23 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise CalibrationError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
     return str(value)
+
+
+def _rules(text: str) -> tuple[str, ...]:
+    rules = tuple(dict.fromkeys(text.split(",")))
+    return tuple(_one_of("--rules", rule, tuple(RULES)) for rule in rules)
+
+
+def _grid(rule: str, text: str | None) -> tuple[float, ...]:
+    """The thresholds of a rule, the nearest to full depth first."""
+    most, off = RULES[rule]
+    allowed = f"from 0 to {most:g} for the rule {rule}"
+    text = THRESHOLDS[rule] if text is None else text
+    found = _numbers("--thresholds", text, allowed, lambda v: 0 <= v <= most)
+    grid = tuple(sorted({v for v in found if v != off}, key=lambda v: abs(v - off)))
+    if not grid:
+        raise CalibrationError(f"--thresholds must have another one than {off:g} among them")
+    return grid
 
 
 def _modes(text: str) -> tuple[str, ...]:

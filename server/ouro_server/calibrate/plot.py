@@ -11,8 +11,8 @@ WIDTH, HEIGHT = 720, 420
 LEFT, RIGHT, TOP, BOTTOM = 70, 50, 30, 50
 APART = 26
 """Pixels between two labels; a point that is nearer to another one has none."""
-COLOURS = ("#2d8f64", "#8a4fbf")
-"""By mode, in the plan's order."""
+COLOURS = ("#2d8f64", "#8a4fbf", "#b3541e", "#1f6fb2", "#8c7a00", "#a3316f")
+"""By series, in the plan's order."""
 
 
 class Axes:
@@ -34,19 +34,19 @@ class Axes:
 
 def draw(points: Mapping[str, Sequence[Point]], promises: Sequence[Promise], loops: int) -> str:
     """An SVG document; a point is filled where a promise covers it."""
-    bounds = {p.mode: p.choice.bounds for p in promises}
-    every = [b for of_mode in bounds.values() for b in of_mode] + [p.choice.loss for p in promises]
+    bounds = {p.series.name: p.choice.bounds for p in promises}
+    every = [b for bound in bounds.values() for b in bound] + [p.choice.loss for p in promises]
     axes = Axes(loops, min(0.09, *every) / 4)
     parts = _frame(axes)
     for loss in sorted({promise.choice.loss for promise in promises}):
         y = axes.y(loss)
         parts.append(_line(LEFT, y, WIDTH - RIGHT, y, "#c0392b", "6 4"))
         parts.append(_text(WIDTH - RIGHT - 4, y - 5, f"promise {100 * loss:g} %", "end", "#c0392b"))
-    for place, (mode, seen) in enumerate(points.items()):
-        chosen = [p.choice.chosen for p in promises if p.mode == mode and p.choice.chosen]
+    for place, (name, seen) in enumerate(points.items()):
+        passed = [p.choice.passed for p in promises if p.series.name == name]
         colour = COLOURS[place]
-        parts.append(_text(LEFT + 90 * place, TOP - 12, mode, "start", colour))
-        parts += _curve(axes, seen, bounds[mode], chosen, colour)
+        parts.append(_text(LEFT + 95 * place, TOP - 12, name, "start", colour))
+        parts += _curve(axes, seen, bounds[name], passed, colour)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
         f'font-family="sans-serif" font-size="12">\n'
@@ -77,17 +77,17 @@ def _curve(
     axes: Axes,
     points: Sequence[Point],
     bounds: Sequence[float],
-    chosen: Sequence[Point],
+    passed: Sequence[int],
     colour: str,
 ) -> list[str]:
-    """One mode's points. Those that were chosen are labelled before the others."""
-    floor = min((point.threshold for point in chosen), default=math.inf)
+    """One series' points, of which each promise chose the last of so many that `passed`. Those that
+    were chosen are labelled before the others."""
     parts: list[str] = []
     labelled: list[float] = []
-    order = sorted(zip(points, bounds, strict=True), key=lambda pair: pair[0] not in chosen)
-    for point, bound in order:
+    for place in sorted(range(len(points)), key=lambda place: place + 1 not in passed):
+        point, bound = points[place], bounds[place]
         x, y, top = axes.x(point.mean_depth), axes.y(point.loss), axes.y(bound)
-        fill = colour if point.threshold >= floor else "white"
+        fill = colour if place < max(passed) else "white"
         parts += [
             _line(x, y, x, top, colour),
             _line(x - 4, top, x + 4, top, colour),

@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
+from ouro_runtime.config import GATE
 from ouro_server.calibrate.choose import Choice
-from ouro_server.calibrate.plan import Plan
+from ouro_server.calibrate.plan import Plan, Series
 
 
 @dataclass(frozen=True)
@@ -16,16 +17,19 @@ class Promise:
     """One promise and what came of it."""
 
     plan: Plan
-    mode: str
+    series: Series
     choice: Choice
 
     @property
     def name(self) -> str:
         """`agree-99`: 1 % of answers at most are not full depth's; `keep-99`: 1 % at most are wrong
-        where full depth is right. Modes other than skip are named."""
+        where full depth is right. Modes other than skip and rules other than gate are named."""
         word = "agree" if self.plan.check == "agree" else "keep"
         share = f"{round(100 * (1 - self.choice.loss), 9):.12g}"
-        return f"{word}-{share}" + ("" if self.mode == "skip" else f"-{self.mode}")
+        rule, mode = self.series
+        return "-".join(
+            [word, share, *([] if mode == "skip" else [mode]), *([] if rule == GATE else [rule])]
+        )
 
     @property
     def text(self) -> str:
@@ -50,7 +54,8 @@ def content(base: Path, promises: Iterable[Promise], questions: int, loops: int)
                 "exit_threshold": point.threshold,
                 "min_loops": 1,
                 "max_loops": loops,
-                "exit_mode": promise.mode,
+                "exit_mode": promise.series.mode,
+                "exit_rule": promise.series.rule,
             }
     return merged | {"presets": (merged.get("presets") or {}) | added}
 

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ouro_server.calibrate.bounds import trials_needed
+from ouro_runtime.config import GATE
+from ouro_server.bounds import trials_needed
 from ouro_server.calibrate.choose import Point
 from ouro_server.calibrate.plan import Plan
 from ouro_server.calibrate.presets import Promise
@@ -35,11 +36,13 @@ def verdict(promise: Promise, questions: int) -> str:
             f"lost, a loss of at most {choice.loss:g} with confidence {choice.confidence:g} needs "
             f"{choice.needed}."
         )
+    rule = "" if promise.series.rule == GATE else f"exit_rule {promise.series.rule}, "
     text = (
-        f"{promise.name}: exit_threshold {point.threshold:g}, mean depth {point.mean_depth:.2f}, "
+        f"{promise.name}: {rule}exit_threshold {point.threshold:g}, mean depth "
+        f"{point.mean_depth:.2f}, "
         f"{point.lost} of {questions} lost. {promise.text}"
     )
-    if point.threshold == 1:
+    if point.threshold == promise.series.off:
         text += " Only full depth can promise it, which saves nothing."
     if stopped is not None and stopped.loss < choice.loss:
         more = trials_needed(choice.loss, choice.confidence, stopped.lost)
@@ -60,10 +63,10 @@ def page(
     parts = [f"# Calibration of {facts.model}", _introduction(facts, plan), "## Promises"]
     parts.append("\n".join(f"- {verdict(promise, facts.questions)}" for promise in promises))
     parts.append("![Loss with its bound against mean depth](report.svg)")
-    for mode, seen in points.items():
-        parts.append(f"## Every threshold, `{mode}`")
-        parts.append(_table(plan, seen, [p for p in promises if p.mode == mode]))
-    if "exact" in points:
+    for name, seen in points.items():
+        parts.append(f"## Every threshold, `{name}`")
+        parts.append(_table(plan, seen, [p for p in promises if p.series.name == name]))
+    if "exact" in plan.modes:
         parts.append("In `exact` the loops after the exit run too: depth is not what it costs.")
     return "\n\n".join([*parts, _how(plan)]) + "\n"
 
@@ -98,15 +101,13 @@ def _table(plan: Plan, points: Sequence[Point], promises: Sequence[Promise]) -> 
         ]
         if point.right is not None:
             row.append(f"{100 * point.right / point.questions:.1f}")
-        rows.append(row + [_passed(promise, point) for promise in promises])
+        rows.append(row + [_passed(promise, points, place) for promise in promises])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _passed(promise: Promise, point: Point) -> str:
-    chosen = promise.choice.chosen
-    if chosen is None or point.threshold < chosen.threshold:
-        return ""
-    return "**chosen**" if point == chosen else "passed"
+def _passed(promise: Promise, points: Sequence[Point], place: int) -> str:
+    last = promise.choice.passed - 1
+    return "" if place > last else "**chosen**" if place == last else "passed"
 
 
 def _how(plan: Plan) -> str:
@@ -117,9 +118,10 @@ def _how(plan: Plan) -> str:
         "these, one independently of the other, answered greedily by this checkpoint on an engine "
         "set up like this one. Sampled answers, other questions and other checkpoints are not "
         f"covered. A bound is the one-sided Clopper-Pearson bound at {bound} (promises share the "
-        "confidence). Thresholds are tested from 1 down, and the first whose bound is over the "
-        "promised loss ends it (fixed-sequence testing, as in [Learn then "
-        "Test](https://arxiv.org/abs/2110.01052)): a lower one that looks good after that is luck. "
+        "confidence). Thresholds are tested from full depth on, and the first whose bound is over "
+        "the promised loss ends it (fixed-sequence testing, as in [Learn then "
+        "Test](https://arxiv.org/abs/2110.01052)): a cheaper one that looks good after that is "
+        "luck. "
         "Tokens that agree are the full-depth choice given the tokens before them, as one pass of "
         "every loop over question and answer says; they have no bound, since tokens of an answer "
         "are not independent."

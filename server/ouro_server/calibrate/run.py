@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ouro_runtime.config import GATE
 from ouro_server.calibrate.choose import Point
 from ouro_server.calibrate.errors import CalibrationError
-from ouro_server.calibrate.plan import Plan
+from ouro_server.calibrate.plan import Plan, Series
 from ouro_server.calibrate.questions import Question
 from ouro_server.calibrate.state import State
 
@@ -27,7 +28,12 @@ class Engine(Protocol):
         """Token ids of each question; CalibrationError for one too long to answer."""
 
     def answer(
-        self, prompts: Sequence[Sequence[int]], mode: str, threshold: float, max_tokens: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        mode: str,
+        threshold: float,
+        max_tokens: int,
+        rule: str = GATE,
     ) -> list[Answer]:
         """Greedy answers."""
 
@@ -56,18 +62,19 @@ class Run:
         return all(question.expected for question in self.questions)
 
     def points(self) -> dict[str, list[Point]]:
-        """By mode, what was seen at each threshold from 1 down."""
+        """By name of a series, what was seen at each threshold from full depth on."""
         full = [self._full(name, chunk) for name, chunk in self._chunks("full")]
         seen = {}
-        for mode in self.plan.modes:
-            seen[mode] = [self._point(1.0, full)]
-            for q in self.plan.thresholds:
-                chunks = self._chunks(f"{mode} {q:g}")
+        for series in self.plan.series:
+            points = [self._point(series.off, full)]
+            for q in self.plan.thresholds[series.rule]:
+                chunks = self._chunks(f"{series.name} {q:g}")
                 found = [
-                    self._adaptive(name, mode, q, chunk, of)
+                    self._adaptive(name, series, q, chunk, of)
                     for (name, chunk), of in zip(chunks, full, strict=True)
                 ]
-                seen[mode].append(self._point(q, found))
+                points.append(self._point(q, found))
+            seen[series.name] = points
         return seen
 
     def _chunks(self, what: str) -> Iterator[tuple[str, Sequence[Question]]]:
@@ -79,16 +86,16 @@ class Run:
 
     def _full(self, name: str, chunk: Sequence[Question]) -> dict[str, Any]:
         if name not in self.state:
-            answers = self._answer(chunk, "skip", 1.0)
+            answers = self._answer(chunk, Series(GATE, "skip"), 1.0)
             found = _counts(chunk, answers, [0] * len(chunk), sum(len(a.tokens) for a in answers))
             self.state.add(name, found | {"answers": [a.tokens for a in answers]})
         return self.state[name]
 
     def _adaptive(
-        self, name: str, mode: str, q: float, chunk: Sequence[Question], full: dict[str, Any]
+        self, name: str, series: Series, q: float, chunk: Sequence[Question], full: dict[str, Any]
     ) -> dict[str, Any]:
         if name not in self.state:
-            answers = self._answer(chunk, mode, q)
+            answers = self._answer(chunk, series, q)
             agreed = self._agreed(chunk, answers, full["answers"])
             if self.plan.check == "agree":
                 lost = [int(n < len(a.tokens)) for n, a in zip(agreed, answers, strict=True)]
@@ -100,9 +107,9 @@ class Run:
             self.state.add(name, _counts(chunk, answers, lost, sum(agreed)))
         return self.state[name]
 
-    def _answer(self, chunk: Sequence[Question], mode: str, q: float) -> list[Answer]:
+    def _answer(self, chunk: Sequence[Question], series: Series, q: float) -> list[Answer]:
         prompts = self.engine.prompts(chunk)
-        return self.engine.answer(prompts, mode, q, self.plan.max_tokens)
+        return self.engine.answer(prompts, series.mode, q, self.plan.max_tokens, series.rule)
 
     def _agreed(
         self, chunk: Sequence[Question], answers: Sequence[Answer], full: Sequence[list[int]]

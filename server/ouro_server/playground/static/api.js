@@ -21,10 +21,12 @@ export async function getDepth(key) {
 /**
  * Streams one chat answer as steps `{tokens, content, usage}`.
  *
- * A token is `{text, probability, depth, draft, cdf}`; `draft` is the loop it was drafted at, 0 if
- * it was not, and `cdf` is null if the server sent none. `usage` is set on the last step. Throws ServerError, and an AbortError once `signal` is aborted.
+ * A token is `{text, probability, depth, draft, cdf, said}`; `draft` is the loop it was drafted at,
+ * 0 if it was not; `cdf` is null if the server sent none; `said` has, of every loop that ran, its
+ * likeliest tokens, `guesses` of them, as `{token, logprob}`. `usage` is set on the last step. Throws
+ * ServerError, and an AbortError once `signal` is aborted.
  */
-export async function* chat({ model, messages, depth, key, signal }) {
+export async function* chat({ model, messages, depth, guesses, key, signal }) {
   const body = {
     model,
     messages,
@@ -36,6 +38,7 @@ export async function* chat({ model, messages, depth, key, signal }) {
     return_depths: true,
     return_drafts: true,
     return_exit_cdf: true,
+    ...(guesses && { return_loops: guesses }),
   };
   const response = await request("v1/chat/completions", key, {
     method: "POST",
@@ -55,7 +58,7 @@ export async function* chat({ model, messages, depth, key, signal }) {
 }
 
 /** The tokens of a stream chunk. A parser may hold their text back, but never their logprobs. */
-function tokensOf({ depths = [], drafts, exit_cdf: cdfs, logprobs }) {
+function tokensOf({ depths = [], drafts, exit_cdf: cdfs, loops, logprobs }) {
   const entries = logprobs?.content ?? [];
   return depths.map((depth, i) => ({
     text: entries[i]?.token ?? "",
@@ -63,6 +66,7 @@ function tokensOf({ depths = [], drafts, exit_cdf: cdfs, logprobs }) {
     depth,
     draft: drafts?.[i] ?? 0,
     cdf: cdfs?.[i] ?? null,
+    said: loops?.[i] ?? [],
   }));
 }
 

@@ -76,7 +76,7 @@ export class Inspector {
 }
 
 function describe(token) {
-  const { text, probability, depth, draft, cdf, loops, threshold } = token;
+  const { text, probability, depth, draft, cdf, said, loops, rule, threshold } = token;
   const head = make("p", "inspected");
   head.append(make("code", "", JSON.stringify(text)));
   const facts = make("p", "", `Depth ${depth} of ${loops}`);
@@ -86,23 +86,41 @@ function describe(token) {
     facts.append(` · drafted at loop ${draft}: ${fate}`);
   }
   if (!cdf) return [head, facts, make("p", "faint", "The server sent no gate values.")];
-  const caption = make("p", "faint", `Chance to have left; line: threshold ${threshold}`);
-  const rows = make("ol", "cdf");
+  const gate = rule === "gate";
+  const line = gate ? `line: threshold ${threshold}` : `left by ${rule}, threshold ${threshold}`;
+  const words = said.length ? "What each loop would say; " : "";
+  const caption = make("p", "faint", `${words}bar: the gate's chance to have left; ${line}`);
+  const rows = make("ol", gate ? "cdf" : "cdf unruled");
   for (let loop = 1; loop <= loops; loop += 1) {
-    rows.append(row(loop, cdf[loop - 1], depth, loops));
+    rows.append(row(loop, cdf[loop - 1], said[loop - 1], token));
   }
   rows.style.setProperty("--threshold", threshold);
   return [head, facts, caption, rows];
 }
 
-function row(loop, value, depth, loops) {
+/** One loop: the word it would say, and the gate's view. In lossless, loops after the exit ran too. */
+function row(loop, value, guesses, { text, depth, loops, said }) {
   const item = make("li", loop === depth ? "left" : "");
   const bar = make("span", "bar");
   bar.style.setProperty("--share", value ?? 0);
   shade(bar, loop, loops);
-  const known = value === undefined ? "not run" : value.toFixed(3);
-  item.append(make("span", "loop", String(loop)), bar, make("span", "value", known));
+  item.append(make("span", "loop", String(loop)));
+  if (said.length) item.append(guesses ? word(guesses, text) : make("span", "word", ""));
+  const known = value === undefined ? (guesses ? "after exit" : "not run") : value.toFixed(3);
+  item.append(bar, make("span", "value", known));
   return item;
+}
+
+/** A loop's likeliest token with its probability; another one than the token is marked. */
+function word([first, second], text) {
+  const chance = percent(Math.exp(first.logprob));
+  const box = make("span", first.token === text ? "word" : "word other");
+  box.append(make("code", "", JSON.stringify(first.token ?? `#${first.token_id}`)));
+  box.append(make("small", "", ` ${chance}`));
+  if (second) {
+    box.title = `then ${JSON.stringify(second.token ?? "")} ${percent(Math.exp(second.logprob))}`;
+  }
+  return box;
 }
 
 function make(tag, className, text = "") {

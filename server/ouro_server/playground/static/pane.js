@@ -5,6 +5,9 @@ import { Meter } from "./meter.js";
 import { Settings } from "./settings.js";
 import { tokenNodes } from "./tokens.js";
 
+/** Likeliest tokens that are asked of every loop. */
+const GUESSES = 2;
+
 export class Pane {
   constructor(template, name, depth, preset) {
     this.name = name;
@@ -34,17 +37,18 @@ export class Pane {
     this.meter.reset();
     this.messages.push({ role: "user", content: question });
     const answer = this.#begin(question);
-    const threshold = this.settings.value("exit_threshold");
+    const asked = { loops: this.depth.loops, ...this.settings.exit };
     let content = "";
     let error = null;
     try {
       const { model } = this.depth;
       const { messages } = this;
       const depth = this.settings.fields;
-      for await (const step of chat({ model, messages, depth, key, signal })) {
+      const guesses = this.depth.return_loops ? GUESSES : 0;
+      for await (const step of chat({ model, messages, depth, guesses, key, signal })) {
         content += step.content;
         this.meter.add(step.tokens, performance.now());
-        this.#append(answer, step.tokens, threshold);
+        this.#append(answer, step.tokens, asked);
         if (step.usage) this.meter.finish(step.usage);
       }
     } catch (caught) {
@@ -72,9 +76,8 @@ export class Pane {
     return answer;
   }
 
-  #append(answer, tokens, threshold) {
-    const loops = this.depth.loops;
-    for (const token of tokens) answer.append(...tokenNodes({ ...token, loops, threshold }));
+  #append(answer, tokens, asked) {
+    for (const token of tokens) answer.append(...tokenNodes({ ...token, ...asked }));
     if (tokens.length && !answer.querySelector("[tabindex='0']")) {
       answer.querySelector(".token").tabIndex = 0;
     }

@@ -1,7 +1,8 @@
 // One answer's depth setting: preset buttons and sliders that always show what will apply.
 
-const CONTROLS = ["exit_threshold", "min_loops", "max_loops", "exit_mode"];
-const RULE = "server's rule";
+/** The rule before the threshold, whose range it sets. */
+const CONTROLS = ["exit_rule", "exit_threshold", "min_loops", "max_loops", "exit_mode"];
+const LEARNT = "server's rule";
 const DEFAULT = "default";
 const CUSTOM = "custom";
 
@@ -10,12 +11,14 @@ export class Settings {
   constructor(fieldset, name, depth, choice) {
     this.defaults = depth.defaults;
     this.presets = depth.presets ?? {};
+    this.rules = depth.rules;
     this.inputs = Object.fromEntries(
       CONTROLS.map((control) => [control, fieldset.querySelector(`[name=${control}]`)]),
     );
     fieldset.querySelector("legend").textContent = `Depth of answer ${name}`;
     for (const control of ["min_loops", "max_loops"]) this.inputs[control].max = depth.loops;
     this.inputs.exit_mode.append(...depth.modes.map((mode) => new Option(mode, mode)));
+    this.inputs.exit_rule.append(...Object.keys(this.rules).map((rule) => new Option(rule, rule)));
 
     const row = fieldset.querySelector(".presets");
     row.setAttribute("aria-label", `Preset of answer ${name}`);
@@ -46,8 +49,13 @@ export class Settings {
   get fields() {
     if (this.choice === DEFAULT) return {};
     if (this.choice !== CUSTOM) return { depth_preset: this.choice };
-    const given = CONTROLS.filter((control) => control !== "exit_threshold" || !this.#ruled);
+    const given = CONTROLS.slice(this.#ruled ? 2 : 0);
     return Object.fromEntries(given.map((control) => [control, this.value(control)]));
+  }
+
+  /** What tokens leave by: `{rule, threshold}`. */
+  get exit() {
+    return { rule: this.value("exit_rule"), threshold: this.value("exit_threshold") };
   }
 
   value(control) {
@@ -55,9 +63,13 @@ export class Settings {
     return input.type === "range" ? input.valueAsNumber : input.value;
   }
 
-  /** Whether the server is left to say where to draft: in lossless, at the threshold's end. */
+  /** Whether the server is left to say where to draft: in lossless, with the rule turned off. */
   get #ruled() {
-    return this.value("exit_mode") === "lossless" && this.value("exit_threshold") === 1;
+    return this.value("exit_mode") === "lossless" && this.value("exit_threshold") === this.#off;
+  }
+
+  get #off() {
+    return this.rules[this.value("exit_rule")].off;
   }
 
   #radio(name, preset) {
@@ -78,17 +90,20 @@ export class Settings {
       other.value = input.value;
     }
     this.choose(CUSTOM);
-    this.#show({});
+    // A threshold has its rule's unit: under another rule it begins where every loop runs.
+    if (input === this.inputs.exit_rule) this.#show({ exit_rule: input.value, exit_threshold: this.#off });
+    else this.#show({});
   }
 
   #show(values) {
     for (const [control, input] of Object.entries(this.inputs)) {
       if (values[control] != null) input.value = values[control];
+      if (control === "exit_rule") this.inputs.exit_threshold.max = this.rules[input.value].most;
       const told = input.parentElement.querySelector("b");
       if (told) told.textContent = input.value;
     }
     const threshold = this.value("exit_threshold").toFixed(2);
     this.inputs.exit_threshold.parentElement.querySelector("b").textContent =
-      this.#ruled ? RULE : threshold;
+      this.#ruled ? LEARNT : threshold;
   }
 }

@@ -3,7 +3,10 @@
 const SPECIAL = /^<[|/]?\w[^\s]*>$/;
 const facts = new WeakMap();
 
-/** What is known of a token element: `{text, probability, depth, draft, cdf, loops, threshold}`. */
+/**
+ * What is known of a token element: what `api.js` says of it, and `{loops, rule, threshold}`: of the
+ * model, and what the token left by.
+ */
 export function factsOf(element) {
   return facts.get(element);
 }

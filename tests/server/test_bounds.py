@@ -7,7 +7,7 @@ from math import comb
 
 import pytest
 
-from ouro_server.calibrate.bounds import at_most, trials_needed, upper_bound
+from ouro_server.bounds import at_most, trials_needed, upper_bound
 from ouro_server.calibrate.choose import Point, choose
 
 
