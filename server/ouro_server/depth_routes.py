@@ -24,7 +24,7 @@ from ouro_server.schemas import (
 )
 from ouro_server.served import ServedDepth
 from ouro_server.steering import Steering
-from ouro_server.vllm_api import ErrorResponse, current_platform, validate_json_request
+from ouro_server.vllm_api import ErrorResponse, validate_json_request
 
 _CHANGE: dict[str, Any] = {
     "requestBody": {
@@ -93,7 +93,7 @@ def depth_info(served: ServedDepth) -> DepthInfo:
     """What `/v1/depth` answers."""
     book, defaults = served.book, served.defaults
     in_force = defaults.for_class(book.default_class)
-    pages = pages_per_token(served.loops, by_loop=current_platform.is_cpu())
+    pages = pages_per_token(served.loops, by_loop=served.reads_loops)
     return DepthInfo(
         model=served.model,
         loops=served.loops,
