@@ -111,7 +111,7 @@ def _validate_requests() -> None:
                 on_cpu=current_platform.is_cpu(),
             )
         request = process_inputs(self, request_id, prompt, params, *a, **k)
-        if is_ouro(self.vllm_config) and reads_loops():
+        if is_ouro(self.vllm_config) and current_platform.is_cpu():
             config, parallel = self.vllm_config, self.vllm_config.parallel_config
             engines = parallel.data_parallel_size
             hold_to_pool(request, LoopConfig.of(config), config.cache_config, engines)
