@@ -24,6 +24,20 @@ def test_tables_are_those_of_each_sequences_loop() -> None:
     assert tables.dtype == np.int32
 
 
+def test_what_is_generated_over_shared_pages_lies_in_the_last_loops() -> None:
+    shared, prompt = np.array([True, True, False]), np.array([2, 2, 2])
+    planes = LoopPages(np.zeros((4, 1, 1), np.int32), 2).planes(
+        shared, prompt, np.array([1, 2, 2]), np.array([1, 1, 1])
+    )
+    assert planes.tolist() == [1, 3, 1]
+
+
+def test_nothing_generated_over_shared_pages_is_clean() -> None:
+    clean = CleanPrefix(prompt=5, loops=3, mode="shared")
+    clean.step([3, 3, 3])
+    assert clean.by_loop == [5, 5, 5]
+
+
 def test_skip_ends_the_clean_prefix_at_the_first_early_exit() -> None:
     clean = CleanPrefix(prompt=10, loops=4, mode="skip")
     assert clean.step([2]) == 10, "token 0 is read out at the prompt's last position"

@@ -1,6 +1,50 @@
 """Limits and replays against counting by hand."""
 
-from ouro_runtime.loop.limits import last_readout, replayed
+import numpy as np
+import pytest
+
+from ouro_runtime.config import ExitParams
+from ouro_runtime.loop.limits import (
+    deepest_loop,
+    depth_limits,
+    last_readout,
+    pages_per_token,
+    replayed,
+)
+from ouro_runtime.loop.rows import Work
+
+
+@pytest.mark.parametrize(
+    ("mode", "forced", "asked", "deepest"),
+    [
+        ("skip", (), False, 2),
+        ("exact", (), False, 2),
+        ("skip", (3, 1), False, 3),
+        ("skip", (), True, 4),
+        ("shared", (), False, 4),
+        ("lossless", (), False, 4),
+    ],
+)
+def test_a_request_runs_the_loops_that_it_can_read(
+    mode: str, forced: tuple[int, ...], asked: bool, deepest: int
+) -> None:
+    assert deepest_loop(ExitParams(0.5, 1, 2, mode, forced), 4, asked) == deepest
+
+
+def test_pages_of_a_generated_position_by_mode() -> None:
+    every = {"auto": 4, "skip": 4, "exact": 4, "lossless": 4}
+    assert pages_per_token(4, by_loop=True) == every | {"shared": 1}
+    assert pages_per_token(4, by_loop=False) == every
+
+
+def test_forced_depths_are_limits_of_the_tokens_to_come() -> None:
+    work = [
+        Work(0, 1, 1, 1, 9, min_loops=2, max_loops=3),
+        Work(0, 1, known=5, prompt=3, last=9, forced=np.array([1, 2, 3])),
+    ]
+    low, high = depth_limits(work, 4)
+    assert (low[0].tolist(), high[0].tolist()) == ([2] * 4, [3] * 4)
+    assert low[1].tolist() == high[1].tolist() == [3, 1, 2, 3]
 
 
 def test_the_last_token_is_read_out_where_tokens_or_the_length_end() -> None:

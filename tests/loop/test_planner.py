@@ -162,6 +162,23 @@ def test_nothing_runs_a_loop_that_the_request_cannot_read(exact: bool) -> None:
     assert loops_run == [2, 2]
 
 
+def test_what_follows_a_shared_prompt_waits_until_it_has_run_every_loop() -> None:
+    """It reads the prompt's last loop from its first on; later tokens follow each other at once."""
+    work = Work(0, 3, 3, prompt=3, last=9, forced=np.ones(1, int), shared=True)
+    plan = StepPlan([work], LOOPS)
+    for _ in range(LOOPS):
+        out = plan.readout(plan.rows.loop + 1 >= plan.rows.high)
+        plan.advance(out, np.zeros(len(out), np.int64), np.zeros(len(out), bool))
+        assert set(plan.rows.pos.tolist()) <= {0, 1, 2}
+    assert not len(plan.rows)
+    work = Work(3, 1, 4, prompt=3, last=9, forced=np.ones(1, int), shared=True)
+    plan = StepPlan([work], LOOPS)
+    for expected in (4, 5, 6):
+        out = plan.readout(np.ones(1, bool))
+        plan.advance(out, np.zeros(1, np.int64), np.zeros(1, bool))
+        assert plan.rows.pos.tolist() == [expected]
+
+
 def test_a_step_yields_up_to_one_token_per_pass() -> None:
     work = Work(start=4, count=1, known=5, prompt=5, last=100, forced=np.ones(1, int))
     plan = StepPlan([work], LOOPS)
