@@ -116,17 +116,12 @@ class Agreement:
         self.start(ceiling, whole)
 
     def start(self, ceiling: float, whole: bool) -> None:
-        """Begin anew, knowing nothing: the operator's default is another."""
+        """Begin anew, knowing nothing: the operator's defaults are others."""
         self.ceiling, self.whole = ceiling, whole
         blocks = {name: ladder.block + 1 for name, ladder in getattr(self, "ladders", {}).items()}
         self.ladders = {
             name: Ladder(0 if whole else -1, block=blocks.get(name, 0)) for name in self.floors
         }
-
-    def follow(self, ceiling: float, whole: bool) -> None:
-        """Begin anew if the operator's default has changed."""
-        if (ceiling, whole) != (self.ceiling, self.whole):
-            self.start(ceiling, whole)
 
     def threshold(self, name: str, rung: int) -> float:
         """What a rung of a class is."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ouro_runtime.config import DEPTH_FIELDS, RULES, DepthError, ExitParams, check_threshold
+from ouro_runtime.config import DEPTH_FIELDS, RULES, SHARED, DepthError, ExitParams, check_threshold
 
 
 class Defaults:
@@ -30,9 +30,12 @@ class Defaults:
 
     @property
     def whole(self) -> bool:
-        """Whether the operator's defaults run every loop."""
-        off = RULES[self._base.exit_rule][1]
-        return self._base.exit_threshold == off and self._base.max_loops == self._loops
+        """Whether the operator's defaults answer as full depth does: they run every loop, over the
+        K/V of every loop."""
+        base = self._base
+        off = RULES[base.exit_rule][1]
+        every = base.exit_threshold == off and base.max_loops == self._loops
+        return every and base.exit_mode != SHARED
 
     def at(self, threshold: float) -> ExitParams:
         """The controls of a request that sets none, at another threshold."""

@@ -56,6 +56,7 @@ class Steering:
         self.p95: float | None = None
         self.gave_way: tuple[str, ...] = ()
         self._defaults = defaults
+        self._base = defaults.base
         self._floors = floors
         self._metrics = metrics
         self._clock = clock
@@ -78,7 +79,10 @@ class Steering:
         base, agreement = self._defaults.base, self.agreement
         allowed: dict[str, float] = {}
         if agreement is not None:
-            agreement.follow(base.exit_threshold, self._defaults.whole)
+            if base != self._base:
+                # What was proven was so at the other controls: a mode's answers are not another's.
+                agreement.start(base.exit_threshold, self._defaults.whole)
+            self._base = base
             allowed = {name: agreement.allowed(name) for name in self._floors}
         if self._controller is not None:
             self._read(self._controller, max(allowed.values(), default=1.0))

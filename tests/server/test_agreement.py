@@ -162,9 +162,7 @@ def test_another_default_begins_anew() -> None:
     audit(agreement, always, 500)
     old = agreement.assign("batch")
     assert old is not None and agreement.allowed("batch") > 0
-    agreement.follow(1.0, True)
-    assert agreement.allowed("batch") > 0
-    agreement.follow(0.8, False)
+    agreement.start(0.8, False)
     assert agreement.allowed("batch") == 0
     assert agreement.trial("batch") == 0.8
     agreement.hear(old, False)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+from ouro_runtime.config import DepthError
 from ouro_server.agreement import Agreement, Rule
 from ouro_server.audit import auditor as module
 from ouro_server.honest_status import Progress, _progress
@@ -109,6 +110,7 @@ def test_what_cannot_skip_is_left_alone(asked: Any) -> None:
         {"exit_rule": "margin"},
         {"exit_rule": "delta", "exit_threshold": 1.0},
         {"exit_mode": "exact"},
+        {"exit_mode": "shared", "exit_threshold": 1.0},
     ],
 )
 def test_whatever_a_token_leaves_by_it_is_audited(depth: dict[str, Any]) -> None:
@@ -126,6 +128,25 @@ def test_an_answer_that_skipped_nothing_needs_no_audit() -> None:
         assert bench.auditor.waiting == 0
 
     assert run(Bench(), play).unaudited() == {}
+
+
+def test_in_shared_an_answer_that_ran_every_loop_may_be_another() -> None:
+    async def play(bench: Bench) -> None:
+        bench.engine.depths = [LOOPS, LOOPS]
+        bench.engine.other = {101}
+        await bench.ask(params(SKIP | {"exit_mode": "shared"}))
+        await bench.until(lambda: bench.count("audited_requests_total") == 1)
+
+    assert run(Bench(), play).counts() == [1, 0, 2, 1]
+
+
+def test_an_answer_that_does_not_fit_into_the_pool_at_full_depth_is_too_long() -> None:
+    async def play(bench: Bench) -> None:
+        bench.engine.fail = DepthError("prompt", "does not fit")
+        await bench.ask()
+        await bench.until(lambda: bool(bench.unaudited()))
+
+    assert run(Bench(), play).unaudited() == {"long": 1}
 
 
 ALTERED = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -227,11 +228,27 @@ def test_agreement_gives_way_where_the_operators_default_loses_too_much() -> Non
     assert bench.in_force("batch") == 0.5
 
 
-def test_another_default_of_the_operators_has_to_be_proven_anew() -> None:
+@pytest.mark.parametrize(
+    "change",
+    [{"exit_threshold": 0.8}, {"exit_mode": "shared"}, {"max_loops": 3}, {"min_loops": 2}],
+    ids=str,
+)
+def test_another_default_of_the_operators_has_to_be_proven_anew(change: dict[str, Any]) -> None:
     bench = Bench(law=None, agreement=agreed(10_000))
-    bench.defaults.change({"exit_threshold": 0.8})
     bench.run(1, None)
-    assert bench.in_force("batch") == 0.8
+    assert bench.in_force("batch") == 0.1
+    bench.defaults.change(change)
+    bench.run(1, None)
+    assert bench.in_force("batch") == change.get("exit_threshold", 1.0)
+
+
+def test_shared_runs_every_loop_and_has_to_be_proven_all_the_same() -> None:
+    bench = Bench(law=None, agreement=agreed(10_000))
+    bench.defaults.change({"exit_mode": "shared"})
+    bench.run(1, None)
+    agreement = bench.steering.agreement
+    assert agreement is not None
+    assert agreement.trial("batch") == 1.0
 
 
 def test_with_the_steering_trials_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ouro_runtime.config import DepthError
 from ouro_runtime.engine.outputs import AUDIT_ID
 from ouro_server.agreement import Agreement
 from ouro_server.audit.metrics import DROPPED, FAILED, INTERRUPTED, LONG, AuditMetrics
@@ -101,7 +102,7 @@ class Auditor:
         """Take a finished answer; one that skipped nothing is that of full depth."""
         if self.ended:
             return
-        if all(depth >= self._loops for depth in answer.depths):
+        if answer.pick.true and all(depth >= self._loops for depth in answer.depths):
             self._tell(answer.pick, True)
         elif answer.length >= self._longest:
             self.skip(LONG)
@@ -152,6 +153,8 @@ class Auditor:
                 await self._audit(answer)
             except EngineDeadError:
                 return
+            except DepthError:
+                self.skip(LONG)  # the pool that held the answer at fewer loops does not at all
             except Exception as error:
                 # Its words may be a user's.
                 logger.warning("an audit failed: %s", type(error).__name__)

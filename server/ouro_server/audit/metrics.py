@@ -20,8 +20,8 @@ ALTERED, DROPPED, LONG, INTERRUPTED, FAILED = (
 )
 REASONS = (ALTERED, DROPPED, LONG, INTERRUPTED, FAILED)
 """Why a picked answer was not audited: penalties, a grammar and the like had a say in its tokens;
-the queue was full; it fills the model's whole length; others came each time it was read; its pass
-failed, or its adapter was gone."""
+the queue was full; it fills the model's whole length, or at full depth does not fit into the K/V
+pool; others came each time it was read; its pass failed, or its adapter was gone."""
 
 
 class AuditMetrics:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ouro_runtime.config import DEPTH_FIELDS, GATE, LOSSLESS, RULE, RULES, THRESHOLD
+from ouro_runtime.config import DEPTH_FIELDS, GATE, LOSSLESS, RULE, RULES, SHARED, THRESHOLD
 from ouro_server.agreement import Agreement, Ticket
 from ouro_server.audit.metrics import ALTERED
 from ouro_server.defaults import Defaults
@@ -36,6 +36,8 @@ class Pick:
         params: vLLM's sampling params that it shall run with.
         origin: (source, preset) of its depth.
         greedy: whether tokens are compared; else log-probabilities.
+        true: it reads the K/V of every loop, so that an answer that ran every loop is that of full
+            depth.
         adds_logprobs: whether those in its outputs are for the audit alone.
         ticket: what its verdict counts in, if it tries or watches a threshold.
     """
@@ -43,6 +45,7 @@ class Pick:
     params: Any
     origin: tuple[str, str]
     greedy: bool
+    true: bool = True
     adds_logprobs: bool = False
     ticket: Ticket | None = None
 
@@ -103,7 +106,8 @@ class Picker:
         if adds:
             params = params.clone()
             params.logprobs = 0  # of the sampled token alone
-        return Pick(params, (source, preset), greedy, adds, ticket)
+        mode = (params.extra_args or {}).get("exit_mode", self._defaults.base.exit_mode)
+        return Pick(params, (source, preset), greedy, mode != SHARED, adds, ticket)
 
     def _comparable(self, params: Any, greedy: bool) -> bool:
         """Whether what was served can be held against full depth."""
@@ -133,5 +137,7 @@ class Picker:
         if depth.get("exit_mode") == LOSSLESS:
             return False
         off = RULES[depth.get(RULE, GATE)][1]
+        if depth.get("exit_mode") == SHARED:
+            return True  # its answers are others even if it runs every loop
         whole = depth.get(THRESHOLD, off) == off and depth.get("max_loops") == self._loops
         return not whole or FORCED in depth
