@@ -3,6 +3,7 @@
 import asyncio
 import os
 from argparse import Namespace
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -112,6 +113,7 @@ class DepthEndpoints:
             audit_share=targets_of(args).audit,
             known_xargs=known,
             adapters=models.lora_requests,
+            loads=Counter((one.lora_name, one.lora_path) for one in models.lora_requests.values()),
         )
         state.depth = served
         if steering is not None:
