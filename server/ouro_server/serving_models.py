@@ -1,5 +1,6 @@
 """vLLM's list of models, with the aliases of adapters (see `serving.py`)."""
 
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ class DepthServingModels(OpenAIServingModels):
         if Path(place).expanduser().is_dir():
             place = spelled(place, self.depth.loads[name, place])
             self.depth.loads[name, request.lora_path] += 1
-        request = request.model_copy(update={"lora_path": place})
-        return await super().load_lora_adapter(request, base_model_name)
+        asked = copy(request)
+        asked.lora_path = place
+        return await super().load_lora_adapter(asked, base_model_name)
 
     async def show_available_models(self) -> Any:
         shown = await super().show_available_models()

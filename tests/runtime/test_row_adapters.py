@@ -61,6 +61,22 @@ def test_each_row_gets_what_its_adapter_adds(
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_overflows_in_an_adapter_stays_finite_in_its_rows(
+    weights: tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], dtype: torch.dtype
+) -> None:
+    """Or its K/V would spoil the answers of whoever gets its pages next."""
+    a, b = ([1e30 * w.to(dtype) for w in part] for part in weights)
+    rows = RowAdapters(torch.device("cpu"))
+    rows.update_metadata(LoRAMapping((0, 5), (0, 5)), [7, 5], SLOTS + 1, 100)
+    rows.place(np.array([7, 0], np.int64))
+    x = torch.ones(2, IN, dtype=dtype)
+    y = torch.full((2, sum(WIDTHS)), torch.inf, dtype=dtype)
+    rows.add_lora_linear(y, x, tuple(a), tuple(b), 1.0, WIDTHS)
+    assert (y[0].float() ** 2).isfinite().all()
+    assert y[1].isinf().all(), "a row without an adapter is nobody's business"
+
+
 def test_a_step_without_adapters_adds_nothing() -> None:
     rows = RowAdapters(torch.device("cpu"))
     rows.update_metadata(LoRAMapping((0, 0), (0, 0)), [None, None], SLOTS + 1, 100)
