@@ -92,9 +92,8 @@ def test_sagemakers_header_names_an_adapter_too(adapted: Live) -> None:
 
 
 def test_a_stream_names_the_alias(adapted: Live) -> None:
-    stream = adapted.client.chat.completions.create(
-        model="first@fast", messages=ASK, max_tokens=12, stream=True
-    )
+    asked: dict[str, Any] = {"messages": ASK, "max_tokens": 12, "stream": True}
+    stream: Any = adapted.client.chat.completions.create(model="first@fast", **asked)
     assert {chunk.model for chunk in stream} == {"first@fast"}
 
 
