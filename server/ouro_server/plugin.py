@@ -3,6 +3,7 @@
 import asyncio
 import os
 from argparse import Namespace
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +32,7 @@ from ouro_server.metrics import ServerMetrics
 from ouro_server.playground import attach_playground
 from ouro_server.presets import SHIPPED, PresetBook
 from ouro_server.ready import announce, until_serving
-from ouro_server.routes import build_router, drop_elastic, guard_others
+from ouro_server.routes import build_router, drop_elastic, guard_adapters, guard_others
 from ouro_server.served import ServedDepth
 from ouro_server.serving import (
     DepthServingBatch,
@@ -77,6 +78,7 @@ class DepthEndpoints:
         app.include_router(build_depth_router())
         app.include_router(build_readiness_router(app.state.drain))
         guard_others(app)
+        guard_adapters()
         drop_elastic(app)
         attach_playground(app)
 
@@ -112,6 +114,7 @@ class DepthEndpoints:
             audit_share=targets_of(args).audit,
             known_xargs=known,
             adapters=models.lora_requests,
+            loads=Counter((one.lora_name, one.lora_path) for one in models.lora_requests.values()),
         )
         state.depth = served
         if steering is not None:

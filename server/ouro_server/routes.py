@@ -28,6 +28,7 @@ from ouro_server.schemas import (
 from ouro_server.served import ServedDepth
 from ouro_server.vllm_api import (
     ErrorResponse,
+    authenticate,
     batch_route,
     chat_route,
     completion_route,
@@ -59,6 +60,9 @@ READING_ENDPOINTS = (
     "/v1/unload_lora_adapter",
 )
 """vLLM's endpoints that take a body to which depth means nothing."""
+
+ADAPTERS = "/adapters"
+"""Where SageMaker loads and unloads adapters."""
 
 ELASTIC_ENDPOINTS = ("/is_scaling_elastic_ep", "/scale_elastic_ep")
 """vLLM's endpoints that add engines for experts, which no looped model has; no key guards them."""
@@ -157,6 +161,14 @@ def guard_others(app: FastAPI) -> None:
                 response_class=route.response_class,
                 dependencies=[*checks[route.path], *route.dependencies],
             )
+
+
+def guard_adapters() -> None:
+    """Ask for the key at SageMaker's names (`/adapters`) of what vLLM guards as
+    `/v1/load_lora_adapter`: it reads files of the server."""
+    guarded = authenticate.GUARDED_PREFIX
+    if ADAPTERS not in guarded:
+        authenticate.GUARDED_PREFIX = (*guarded, ADAPTERS)
 
 
 def drop_elastic(app: FastAPI) -> None:

@@ -1,5 +1,6 @@
 """Depth of the served model: one object on the app's state, for routes and handlers."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ class ServedDepth:
         defaults: the controls in force for requests that set none.
         aliases: MODEL@PRESET -> preset, of the names that the model itself is served under.
         adapters: what is loaded by now, by name.
+        loads: how often adapters were loaded, by name and folder.
         fixed: why the defaults must not be changed over HTTP; None if they may.
         metrics: where finished generations are counted, if anywhere.
         steering: what moves the defaults, if anything does.
@@ -47,6 +49,7 @@ class ServedDepth:
     reads_loops: bool = True
     known_xargs: bool = True
     adapters: Mapping[str, Any] = field(default_factory=dict)
+    loads: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     @property
     def rules(self) -> tuple[str, ...]:

@@ -48,6 +48,7 @@ from vllm.entrypoints.openai.responses.protocol import (
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse, UsageInfo
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.entrypoints.serve.middleware import authenticate
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup, validate_json_request
 from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.logger import configure_logging_from_args
@@ -99,6 +100,7 @@ __all__ = [
     "VLLMError",
     "VLLMValidationError",
     "api_server",
+    "authenticate",
     "batch_route",
     "chat_route",
     "cli_env_setup",

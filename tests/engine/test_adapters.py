@@ -5,6 +5,7 @@ Of the adapters one adapts the exit gate too, one brings a gate of its own.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +18,7 @@ from vllm.lora.request import LoRARequest
 from tests.engine.adapters import ALL, GATE, merge, random_gate, write_adapter
 from tests.engine.cases import CHECKPOINTS
 from tests.engine.compare import assert_same
-from tests.engine.harness import Output, assert_idle, engine, generate, greedy
+from tests.engine.harness import Output, assert_idle, engine, generate, greedy, runner_of
 
 CHECKPOINT = CHECKPOINTS["t4-mha"]
 NAMES = ("base", "all", "attention")
@@ -184,3 +185,41 @@ def test_a_gate_of_another_shape_is_refused(serving: LLM, tmp_path: Any) -> None
     wrong = write_adapter(tmp_path / "a", CHECKPOINT, seed=3, gate=random_gate(127, seed=3))
     with pytest.raises(Exception, match=r"early_exit_gate.weight is \(1, 127\), not \(1, 128\)"):
         serving.llm_engine.add_lora(LoRARequest("wrong", 51, wrong))
+
+
+def test_a_layer_of_another_shape_is_refused_and_leaves_nothing(
+    serving: LLM, tmp_path: Any
+) -> None:
+    wrong = write_adapter(tmp_path / "a", CHECKPOINT, seed=3)
+    config = tmp_path / "a" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 5}))
+    with pytest.raises(Exception, match=r"lora_A.weight is \(4, \d+\), not \(5, \d+\)"):
+        serving.llm_engine.add_lora(LoRARequest("wrong", 53, wrong))
+    assert 53 not in serving.llm_engine.list_loras()
+
+
+def test_one_loaded_anew_under_its_name_runs_beside_the_old(
+    serving: LLM,
+    adapters: dict[str, str],
+    merged: dict[str, list[list[Output]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A third one, loaded meanwhile, takes no place that a running request needs; and no step reads
+    an adapter's files because it once replaced another."""
+    running, names = serving.llm_engine, ("all", "attention")
+    answers: dict[str, Output] = {}
+    read: list[Any] = []
+    for number, name in enumerate(names):
+        request = LoRARequest("same", 60 + number, adapters[name], load_inplace=True)
+        running.add_lora(request)
+        prompt = {"prompt_token_ids": prompts()[0]}
+        running.add_request(name, prompt, greedy(TOKENS, DEPTHS[1]), lora_request=request)
+    monkeypatch.setattr(runner_of(serving).lora_manager, "_load_adapter", read.append)
+    running.step()
+    assert read == []
+    monkeypatch.undo()
+    running.add_lora(LoRARequest("third", 62, adapters["all"]))
+    while running.has_unfinished_requests():
+        answers |= {a.request_id: Output.of(a.outputs[0]) for a in running.step()}
+    for name in names:
+        agree(name, answers[name], merged[name][1][0], 1)

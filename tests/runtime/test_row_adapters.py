@@ -4,6 +4,7 @@ what an adapter may hold of the exit gate."""
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from vllm.lora.layers import LoRAMapping
 from ouro_runtime.engine.cpu.adapters import RowAdapters
 from ouro_runtime.engine.cpu.gates import Gate, changed
 from ouro_runtime.exit.gate import halt_probability
+from ouro_runtime.model.adapter import check_layers
 
 IN, WIDTHS, RANK, SLOTS = 12, (8, 4), 3, 2
 
@@ -43,7 +45,7 @@ def test_each_row_gets_what_its_adapter_adds(
     x = torch.randn(len(adapters), IN, generator=generator).to(dtype)
     before = torch.randn(len(adapters), sum(WIDTHS), generator=generator).to(dtype)
     y = before.clone()
-    rows.add_lora_linear(y, x, tuple(a), tuple(b), 1.0, WIDTHS)
+    rows.add_lora_linear(y, x, tuple(a), tuple(b), 0.5, WIDTHS)
     for row, adapter in enumerate(adapters):
         if adapter == 0:
             assert torch.equal(y[row], before[row])
@@ -53,10 +55,26 @@ def test_each_row_gets_what_its_adapter_adds(
             bs[slot, 0].float() @ (as_[slot, 0].float() @ x[row].float())
             for as_, bs in zip(a, b, strict=True)
         ]
-        wanted = before[row].float() + torch.cat(added)
+        wanted = before[row].float() + 0.5 * torch.cat(added)
         torch.testing.assert_close(
             y[row].float(), wanted, atol=1e-4 if dtype == torch.float32 else 0.1, rtol=0.02
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_overflows_in_an_adapter_stays_finite_in_its_rows(
+    weights: tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], dtype: torch.dtype
+) -> None:
+    """Or its K/V would spoil the answers of whoever gets its pages next."""
+    a, b = ([1e30 * w.to(dtype) for w in part] for part in weights)
+    rows = RowAdapters(torch.device("cpu"))
+    rows.update_metadata(LoRAMapping((0, 5), (0, 5)), [7, 5], SLOTS + 1, 100)
+    rows.place(np.array([7, 0], np.int64))
+    x = torch.ones(2, IN, dtype=dtype)
+    y = torch.full((2, sum(WIDTHS)), torch.inf, dtype=dtype)
+    rows.add_lora_linear(y, x, tuple(a), tuple(b), 1.0, WIDTHS)
+    assert (y[0].float() ** 2).isfinite().all()
+    assert y[1].isinf().all(), "a row without an adapter is nobody's business"
 
 
 def test_a_step_without_adapters_adds_nothing() -> None:
@@ -106,8 +124,48 @@ def test_an_adapter_changes_the_gate_by_low_rank_or_brings_its_own() -> None:
         ({"weight": WEIGHT, "lora_bias": BIAS}, "gate.lora_bias: of an exit gate"),
         ({"weight": WEIGHT.T}, r"gate\.weight is \(4, 1\), not \(1, 4\)"),
         ({"lora_A.weight": A, "lora_B.weight": B[:, :1]}, r"lora_B\.weight is \(1, 1\)"),
+        ({"lora_A.weight": BIAS[0], "lora_B.weight": B}, r"lora_A\.weight is \(\), not"),
+        ({"weight": WEIGHT * torch.nan}, r"gate\.weight holds what is not a finite number"),
+        ({"weight": WEIGHT, "bias": BIAS / 0}, r"gate\.bias holds what is not a finite number"),
+        ({"lora_A.weight": A * 3e38, "lora_B.weight": B}, "with the adapter's holds what is not"),
     ],
 )
 def test_what_is_no_gate_is_refused_by_name(held: dict[str, torch.Tensor], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         changed(WEIGHT, BIAS, held, 1.0)
+
+
+LAYER = "model.layers.0.self_attn.q_proj"
+
+
+def low_rank(**other: Any) -> SimpleNamespace:
+    """What an adapter of rank 2 holds of a layer of [6, 4]."""
+    holds = {"rank": 2, "scaling": 0.5, "lora_a": torch.ones(2, 4), "lora_b": torch.ones(6, 2)}
+    return SimpleNamespace(**(holds | other))
+
+
+def test_an_adapter_that_fits_is_taken() -> None:
+    check_layers({LAYER: low_rank()}, {LAYER: (6, 4), "another": (1, 1)})
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"lora_a": torch.ones(2, 3)}, r"q_proj\.lora_A\.weight is \(2, 3\), not \(2, 4\)"),
+        ({"lora_b": torch.ones(5, 2)}, r"q_proj\.lora_B\.weight is \(5, 2\), not \(6, 2\)"),
+        ({"lora_a": torch.ones(3, 4), "lora_b": torch.ones(6, 3)}, r"\(3, 4\), not \(2, 4\)"),
+        ({"lora_a": torch.ones(4)}, r"lora_A\.weight is \(4,\), not"),
+        ({"lora_b": None}, r"q_proj\.lora_B\.weight is missing in the adapter"),
+        ({"lora_a": torch.full((2, 4), torch.nan)}, r"lora_A\.weight holds what is not a finite"),
+        ({"lora_b": torch.full((6, 2), torch.inf)}, r"lora_B\.weight holds what is not a finite"),
+        ({"scaling": float("nan")}, "lora_alpha over the rank is nan"),
+    ],
+)
+def test_what_does_not_fit_a_layer_is_refused_by_name(other: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        check_layers({LAYER: low_rank(**other)}, {LAYER: (6, 4)})
+
+
+def test_a_layer_that_the_model_does_not_have_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn.q_proj: the model has no such"):
+        check_layers({LAYER: low_rank()}, {"model.layers.1.self_attn.q_proj": (6, 4)})

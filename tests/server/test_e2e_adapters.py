@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
@@ -51,12 +53,8 @@ def names(live: Live) -> list[str]:
 
 
 def text(live: Live, model: str, **fields: Any) -> str:
-    asked: dict[str, Any] = {"messages": ASK, "max_tokens": 12, "temperature": 0}
-    return (
-        live.client.chat.completions.create(model=model, **asked, **fields)
-        .choices[0]
-        .message.content
-    )
+    asked: dict[str, Any] = {"messages": ASK, "max_tokens": 12, "temperature": 0, **fields}
+    return live.client.chat.completions.create(model=model, **asked).choices[0].message.content
 
 
 def load(live: Live, name: str, place: Path) -> Any:
@@ -94,9 +92,8 @@ def test_sagemakers_header_names_an_adapter_too(adapted: Live) -> None:
 
 
 def test_a_stream_names_the_alias(adapted: Live) -> None:
-    stream = adapted.client.chat.completions.create(
-        model="first@fast", messages=ASK, max_tokens=12, stream=True
-    )
+    asked: dict[str, Any] = {"messages": ASK, "max_tokens": 12, "stream": True}
+    stream: Any = adapted.client.chat.completions.create(model="first@fast", **asked)
     assert {chunk.model for chunk in stream} == {"first@fast"}
 
 
@@ -111,6 +108,21 @@ def test_adapters_come_and_go_while_it_serves(adapted: Live, folder: Path) -> No
     assert "second@fast" not in names(adapted)
     gone = adapted.http.post("/v1/completions", json={"model": "second@fast", "prompt": "x"})
     assert gone.status_code == 404
+
+
+def test_one_loaded_again_from_its_folder_is_another(adapted: Live, folder: Path) -> None:
+    """By SageMaker's route, which asks for the key too. The prompt fills a block, and the prefix
+    cache has it of what was in the folder before."""
+    place, answers = folder / "again", []
+    body, asked = {"name": "again", "src": str(place)}, [{**ASK[0], "content": "2 + 3 = ? " * 20}]
+    for name in ("second", "first"):
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(folder / name, place)
+        assert httpx.post(f"{adapted.url}/adapters", json=body).status_code == 401
+        assert adapted.http.post("/adapters", json=body).status_code == 200
+        answers.append(text(adapted, "again", messages=asked))
+        assert adapted.http.delete("/adapters/again").status_code == 200
+    assert answers[1] == text(adapted, "first", messages=asked) != answers[0]
 
 
 def test_an_adapter_may_bring_a_gate_of_its_own(adapted: Live, folder: Path) -> None:

@@ -67,6 +67,9 @@ class RowAdapters(PunicaWrapperCPU):
     ) -> None:
         """Add what the adapters add, in float32, to `y` [N, out] = W `x` [N, in], in place.
 
+        Rows of an adapter stay finite, whatever it holds: their K/V lie in pages that others
+        get next, and attention multiplies what is past their end by zero.
+
         Args:
             lora_a_stacked, lora_b_stacked: per slice of `y`, [slots, 1, rank, in] and [slots, 1,
                 width, rank]; scales are in them.
@@ -78,6 +81,9 @@ class RowAdapters(PunicaWrapperCPU):
                 added = part @ a[slot, 0].float().T @ b[slot, 0].float().T
                 y[:, start : start + width].index_add_(0, rows, (scale * added).to(y.dtype))
                 start += width
+            most = torch.finfo(y.dtype).max ** 0.5
+            bounded = y.index_select(0, rows).nan_to_num_(0.0, most, -most).clamp_(-most, most)
+            y.index_copy_(0, rows, bounded)
 
     def halt(self, hidden: torch.Tensor, halt: torch.Tensor) -> None:
         """Put into `halt` [N] what the adapters' own gates say of states [N, H], in place."""

@@ -2,16 +2,20 @@
 
 To vLLM the gate is no layer that takes LoRA, and `modules_to_save` is for classifiers. So the model
 names it as something that vLLM's loader skips (`lora_skip_prefixes`), and it is read here.
+
+What does not fit the model is refused here too, before anything of it is in place; and an adapter
+that was loaded anew under its name is not loaded anew by every step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 from unittest import mock
 from weakref import WeakValueDictionary
 
 import torch
+from msgspec import structs
 from vllm.lora import worker_manager
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
@@ -19,12 +23,15 @@ from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.utils import is_in_target_modules
 
 from ouro_runtime.engine.pin import check_parameters
+from ouro_runtime.model.adapter import check_layers, check_tensor
+from ouro_runtime.model.checkpoint import Shape, Sizes
 
 check_parameters(LoRAModel.from_lora_tensors, "tensors", "peft_helper", "skip_prefixes")
 check_parameters(LoRALayerWeights.create_dummy_lora_weights, "input_dim", "rank", "device")
 check_parameters(PEFTHelper.get_rank_and_scaling, "module_name")
 check_parameters(worker_manager.WorkerLoRAManager.__init__, "lora_model_cls")
 check_parameters(worker_manager.LRUCacheWorkerLoRAManager._load_adapter, "lora_request")
+check_parameters(worker_manager.LRUCacheWorkerLoRAManager._apply_adapters, "lora_requests")
 
 NAME = "early_exit_gate"
 MODULE = f"model.{NAME}"
@@ -100,11 +107,19 @@ class GateManager(worker_manager.LRUCacheWorkerLoRAManager):
     def _load_adapter(self, lora_request: Any) -> GatedLoRA:
         with mock.patch.object(worker_manager, "PEFTHelper", GateHelper):
             adapter = super()._load_adapter(lora_request)
+        config = self._adapter_manager.model.config.to_dict()
+        layers = {name: layer for name, layer in adapter.loras.items() if name != MODULE}
+        check_layers(layers, Sizes.of(config).linears())
         if adapter.held and is_in_target_modules(MODULE, self.lora_config.target_modules):
             own = self._adapter_manager.model.model.early_exit_gate
             adapter.gate = changed(own.weight, own.bias, adapter.held, adapter.scale)
         self.gated[adapter.id] = adapter
         return adapter
+
+    def _apply_adapters(self, lora_requests: Iterable[Any]) -> None:
+        """A step's adapters are in place; vLLM would read those that once replaced another from
+        their files again."""
+        super()._apply_adapters([structs.replace(r, load_inplace=False) for r in lora_requests])
 
 
 def changed(
@@ -114,7 +129,7 @@ def changed(
     lora_B [1, rank], which add scale B A, or a weight and perhaps a bias in their place.
 
     Raises:
-        ValueError: naming the tensor that is missing, unknown or of another shape.
+        ValueError: naming the tensor that is missing, unknown, of another shape or not finite.
     """
     held = {name: tensor.float() for name, tensor in held.items()}
     low_rank = not set(held).isdisjoint(LOW_RANK)
@@ -125,17 +140,14 @@ def changed(
         )
     for name in sorted(set(kind) - set(held) - {"bias"}):
         raise ValueError(f"{SKIPPED}{name} is missing in the adapter")
-    rank = held["lora_A.weight"].shape[0] if low_rank else 0
+    rank = max(1, held["lora_A.weight"].shape[:1].numel()) if low_rank else 0
     hidden = weight.shape[1]
-    shapes: dict[str, tuple[int, ...]] = {
-        "lora_A.weight": (rank, hidden),
-        "lora_B.weight": (1, rank),
-    }
+    shapes: dict[str, Shape] = {"lora_A.weight": (rank, hidden), "lora_B.weight": (1, rank)}
     shapes |= {"weight": (1, hidden), "bias": (1,)}
     for name, tensor in held.items():
-        if tuple(tensor.shape) != shapes[name]:
-            raise ValueError(f"{SKIPPED}{name} is {tuple(tensor.shape)}, not {shapes[name]}")
+        check_tensor(f"{SKIPPED}{name}", tensor, shapes[name])
     if low_rank:
-        added = held["lora_B.weight"] @ held["lora_A.weight"]
-        return Gate(weight.float() + scale * added, bias.float())
+        whole = weight.float() + scale * (held["lora_B.weight"] @ held["lora_A.weight"])
+        check_tensor(f"{SKIPPED}weight with the adapter's", whole, shapes["weight"])
+        return Gate(whole, bias.float())
     return Gate(held["weight"], held.get("bias", bias.float()))

@@ -7,7 +7,8 @@ What is overridden, and why:
   host first (grammars), whose logits the model gave between the two (`cpu/model.py`);
 - `sample_tokens` adds the step's depths to the output;
 - `load_lora_model` puts `RowAdapters` in the place of what maps rows to adapters, and `GateManager`
-  in that of what loads them.
+  in that of what loads them;
+- `set_active_loras` sees to all adapters of the batch (vLLM: one of each name).
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ check_parameters(CPUModelRunner._sample, "logits", "spec_decode_metadata")
 check_parameters(CPUModelRunner._build_attention_metadata, "num_tokens", "num_reqs")
 check_parameters(CPUModelRunner._postprocess_tensors)
 check_parameters(CPUModelRunner.load_lora_model, "model", "vllm_config", "device")
+check_parameters(CPUModelRunner.set_active_loras, "input_batch")
 check_parameters(CPUModelRunner._on_request_state_removed, "req_id", "req_state")
 
 
@@ -114,6 +116,12 @@ class OuroCPUModelRunner(CPUModelRunner):
         return request
 
     # ---- a step -------------------------------------------------------------------------------
+
+    def set_active_loras(self, input_batch: Any, *args: Any, **kwargs: Any) -> None:
+        # To vLLM, requests for adapters of one name are equal, and it keeps one of them. But what
+        # was loaded anew under a name is another adapter, beside one that still runs.
+        self.lora_manager._apply_adapters(input_batch.lora_id_to_lora_request.values())
+        super().set_active_loras(input_batch, *args, **kwargs)
 
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
         # A request that was preempted is computed again, but for what the prefix cache still has:
