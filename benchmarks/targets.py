@@ -75,8 +75,9 @@ def measure(told: dict[str, Any], args: argparse.Namespace, keep: Any) -> None:
             if name == "none":
                 found = asyncio.run(calibrate(address, few, args.seats, floors))
                 told["calibration"] = found
-                told["rate"] = OVERLOAD * found["full"]["requests_per_second"]
-                told["target_tpot_ms"] = round(SHARE * found["full"]["tpot_p95_ms"], 1)
+                full = found["full"]
+                told["rate"] = args.rate or OVERLOAD * full["requests_per_second"]
+                told["target_tpot_ms"] = args.target or round(SHARE * full["tpot_p95_ms"], 1)
             if name in ("agreement", "both"):
                 made["learnt"] = asyncio.run(learn(address, tok, args))
             if name != "none":
@@ -113,6 +114,8 @@ def main() -> None:
     p.add_argument("--seats", type=int, default=64)
     p.add_argument("--interval", type=int, default=8)
     p.add_argument("--calibration", type=int, default=600)
+    p.add_argument("--rate", type=float, help="requests per second; default: calibrated")
+    p.add_argument("--target", type=float, help="milliseconds per token; default: calibrated")
     p.add_argument("--agreement", type=float, default=0.98)
     p.add_argument("--audit", type=float, default=0.2)
     p.add_argument("--learning", type=float, default=300.0, help="seconds")

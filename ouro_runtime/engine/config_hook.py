@@ -31,6 +31,12 @@ def reads_loops() -> bool:
     return current_platform.is_cpu()
 
 
+def runs_on_cpu(vllm_config: Any) -> bool:
+    """Whether a looped model's engine is the CPU wing, however it is run: tests run the other one
+    on CPU, too."""
+    return vllm_config.scheduler_config.scheduler_cls == SCHEDULER
+
+
 class UnsupportedError(ValueError):
     """A vLLM feature that the looped engine cannot honour: `feature: reason`."""
 

@@ -72,7 +72,7 @@ VLLMS = ("kv_cache_report_mode",)
 
 
 def check(
-    params: Any, config: LoopConfig, *, resumable: bool, open_args: bool, reads_loops: bool
+    params: Any, config: LoopConfig, *, resumable: bool, open_args: bool, on_cpu: bool
 ) -> None:
     """Refuse what a request asks for and would not get.
 
@@ -80,8 +80,8 @@ def check(
         params: vLLM's `SamplingParams`. config: the model's loops.
         resumable: whether the prompt may grow while the request runs.
         open_args: whether a logits processor of the user's may read other keys of `extra_args`.
-        reads_loops: whether the engine can read out, or compare, what each loop left: not on CUDA,
-            where nothing comes back between two passes.
+        on_cpu: whether it is the CPU engine, which reads out what each loop left, and has pages by
+            loop; on CUDA nothing comes back between two passes.
 
     Raises:
         DepthError: naming the field.
@@ -101,14 +101,13 @@ def check(
             raise DepthError(str(name), f"unknown field {name!r} in extra_args; known are {known}")
     if extra.get(RETURN_LOOPS) is not None:
         check_guesses(extra[RETURN_LOOPS])
-        if not reads_loops:
+        if not on_cpu:
             raise DepthError(RETURN_LOOPS, f"{RETURN_LOOPS} is not supported on CUDA yet")
     asked = config.request(extra)
-    if asked.exit_rule != GATE and not reads_loops:
-        raise DepthError(
-            RULE, f"{RULE} {asked.exit_rule!r} is not supported on CUDA yet, only {GATE!r}"
-        )
-    if asked.exit_mode == SHARED and not reads_loops:
+    if asked.exit_rule != GATE and not on_cpu:
+        text = f"{RULE} {asked.exit_rule!r} is not supported on CUDA yet, only {GATE!r}"
+        raise DepthError(RULE, text)
+    if asked.exit_mode == SHARED and not on_cpu:
         raise DepthError("exit_mode", NO_SHARED)
 
 

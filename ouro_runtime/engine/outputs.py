@@ -29,7 +29,7 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from ouro_runtime.config import LoopConfig
 from ouro_runtime.engine import features, guesses
 from ouro_runtime.engine.admission import hold_to_pool
-from ouro_runtime.engine.config_hook import reads_loops
+from ouro_runtime.engine.config_hook import runs_on_cpu
 from ouro_runtime.engine.pin import SeamError, check_parameters
 from ouro_runtime.engine.step_output import COUNTS, unpack_cdf
 from ouro_runtime.pace import Pace
@@ -108,10 +108,10 @@ def _validate_requests() -> None:
                 LoopConfig.of(self.vllm_config),
                 resumable=bool(given.get("resumable")),
                 open_args=bool(self.vllm_config.model_config.logits_processors),
-                reads_loops=reads_loops(),
+                on_cpu=runs_on_cpu(self.vllm_config),
             )
         request = process_inputs(self, request_id, prompt, params, *a, **k)
-        if is_ouro(self.vllm_config) and reads_loops():
+        if is_ouro(self.vllm_config) and runs_on_cpu(self.vllm_config):
             config, parallel = self.vllm_config, self.vllm_config.parallel_config
             engines = parallel.data_parallel_size
             hold_to_pool(request, LoopConfig.of(config), config.cache_config, engines)

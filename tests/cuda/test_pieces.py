@@ -19,7 +19,7 @@ from tests.cuda import bench
 from tests.engine.cases import Case, golden_cases
 from tests.engine.compare import assert_cdf
 from tests.engine.harness import Arrival, drive, generate, greedy
-from tests.engine.mixes import depth_fields, tokens
+from tests.engine.mixes import gate_fields, tokens
 
 TEXT = list(b"how now")
 PLAIN: dict[str, Any] = {"logprobs": None}
@@ -184,7 +184,7 @@ def test_a_crowd_that_comes_and_goes_by_the_pieces_alone(llm: Any, seed: int) ->
         options: dict[str, Any] = rng.choice([{}, {"temperature": 0.8, "seed": index}])
         stops = rng.sample(range(5, 250), 3) if rng.random() < 0.3 else []
         params = greedy(
-            rng.randint(1, 16), depth_fields(rng), **PLAIN, **options, stop_token_ids=stops
+            rng.randint(1, 16), gate_fields(rng), **PLAIN, **options, stop_token_ids=stops
         )
         gone = rng.randint(1, 9) if rng.random() < 0.25 else None
         ids = tokens(rng, rng.choice([1, 2, 5, 17, 24, 25, 40]))

@@ -17,7 +17,14 @@ from tests.cuda import bench
 from tests.engine.cases import CHECKPOINTS
 from tests.engine.compare import LOGPROB_TOLERANCE, assert_same, reference_run, same
 from tests.engine.harness import Arrival, drive, generate, generate_one, greedy
-from tests.engine.mixes import SCHEMA, assert_same_values, random_request, sampling, tokens
+from tests.engine.mixes import (
+    SCHEMA,
+    assert_same_values,
+    gate_fields,
+    random_request,
+    sampling,
+    tokens,
+)
 from tests.reference.model import Reference
 
 TOKENS = 12
@@ -147,7 +154,7 @@ def crowd(llm: Any, count: int, seed: int) -> None:
     """Random requests that ask for anything, alone and together."""
     rng = random.Random(seed)
     prefix = tokens(rng, 20)
-    requests = [random_request(rng, prefix) for _ in range(count)]
+    requests = [random_request(rng, prefix, gate_fields) for _ in range(count)]
     requests = [(prompt[:40], options) for prompt, options in requests]
     alone = [
         drive(llm, [Arrival("alone", prompt, sampling(options))]) for prompt, options in requests

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm import SamplingParams
@@ -118,12 +118,22 @@ THRESHOLDS = {
 """By exit rule, around what a random checkpoint's loops read."""
 
 
-def depth_fields(rng: random.Random) -> Options:
-    fields: Options = {"exit_mode": rng.choice(["skip", "skip", "exact", "lossless"])}
+def gate_fields(rng: random.Random) -> Options:
+    """Depth controls of the modes whose depths are the exit rule's, by the gate."""
+    return depth_fields(rng, ("skip", "skip", "exact"), ("gate",))
+
+
+def depth_fields(
+    rng: random.Random,
+    modes: Sequence[str] = ("skip", "skip", "exact", "lossless"),
+    rules: Sequence[str] = tuple(THRESHOLDS),
+) -> Options:
+    """Depth controls of one of `modes`: forced, or by one of `rules`."""
+    fields: Options = {"exit_mode": rng.choice(modes)}
     if rng.random() < 0.4:
         depths = [rng.randint(1, LOOPS) for _ in range(rng.randint(1, 9))]
         return fields | {"forced_depths": depths}
-    fields["exit_rule"] = rule = rng.choice(list(THRESHOLDS))
+    fields["exit_rule"] = rule = rng.choice(rules)
     fields["exit_threshold"] = rng.choice(THRESHOLDS[rule])
     if rng.random() < 0.3:
         fields |= rng.choice(
@@ -132,7 +142,11 @@ def depth_fields(rng: random.Random) -> Options:
     return fields
 
 
-def random_request(rng: random.Random, prefix: list[int]) -> tuple[list[int], Options]:
+def random_request(
+    rng: random.Random,
+    prefix: list[int],
+    depth: Callable[[random.Random], Options] = depth_fields,
+) -> tuple[list[int], Options]:
     """A prompt, now and then with the common prefix or in the middle of a thought, and options."""
     prompt = tokens(rng, rng.choice([1, 3, 8, 24, 29, 31, 40]))
     if rng.random() < 0.4:
@@ -141,7 +155,7 @@ def random_request(rng: random.Random, prefix: list[int]) -> tuple[list[int], Op
         "max_tokens": rng.randint(1, 14),
         "temperature": 0.0,
         "ignore_eos": True,
-        "extra_args": depth_fields(rng),
+        "extra_args": depth(rng),
     }
     for likely, draw in FEATURES.values():
         if rng.random() < likely:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from vllm import SamplingParams
 
 from ouro_runtime.config import ExitParams, LoopConfig
 from ouro_runtime.engine.cpu.step import CPUStep
@@ -121,13 +122,7 @@ def test_every_token_of_a_mixed_batch_has_the_guesses_of_its_own_position_and_lo
     asking = [{**fields, "return_loops": 2} for fields in CONTROLS[:-1]] + CONTROLS[-1:]
     requests = [
         LoopRequest.of(
-            SimpleNamespace(
-                extra_args=extra,
-                stop_token_ids=[],
-                eos_token_id=None,
-                max_tokens=tokens,
-                structured_outputs=None,
-            ),
+            SamplingParams(max_tokens=tokens, extra_args=extra),
             prompt,
             config,
         )

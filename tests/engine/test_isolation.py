@@ -149,11 +149,7 @@ def test_a_prompt_that_grows_is_refused() -> None:
 def test_extra_args_that_nobody_reads_are_refused_by_name(extra: dict, named: str) -> None:
     with pytest.raises(DepthError) as caught:
         features.check(
-            SamplingParams(extra_args=extra),
-            CONFIG,
-            resumable=False,
-            open_args=False,
-            reads_loops=True,
+            SamplingParams(extra_args=extra), CONFIG, resumable=False, open_args=False, on_cpu=True
         )
     assert caught.value.param == named and named in str(caught.value)
 
@@ -162,14 +158,14 @@ def test_extra_args_that_nobody_reads_are_refused_by_name(extra: dict, named: st
 def test_an_engine_that_reads_no_loops_refuses_rules_that_do(rule: str) -> None:
     params = SamplingParams(extra_args={"exit_rule": rule, "exit_threshold": 0.5})
     options = {"resumable": False, "open_args": False}
-    features.check(params, CONFIG, reads_loops=True, **options)
+    features.check(params, CONFIG, on_cpu=True, **options)
     with pytest.raises(DepthError, match=f"exit_rule '{rule}' is not supported on CUDA yet"):
-        features.check(params, CONFIG, reads_loops=False, **options)
+        features.check(params, CONFIG, on_cpu=False, **options)
 
 
 def test_extra_args_of_a_users_logits_processor_pass() -> None:
     params = SamplingParams(extra_args={"target_token": 5})
-    features.check(params, CONFIG, resumable=False, open_args=True, reads_loops=True)
+    features.check(params, CONFIG, resumable=False, open_args=True, on_cpu=True)
 
 
 def test_every_field_that_vllm_keeps_by_row_is_mapped_or_refused() -> None:

@@ -138,14 +138,13 @@ def reference(folder: str) -> Reference:
 def margins(reference: Reference, request: Pooled, out: Output) -> list[float]:
     """How close the serial run's decisions were, by replaying its tokens in the reference."""
     depth = request.params.extra_args
-    lossless = depth["exit_mode"] == LOSSLESS
     # A draft is what `exact` reads out, over the K/V of every loop; the last loop decides.
     replays = [
         reference.generate(
             request.prompt,
             len(out.tokens),
             choose=lambda logits, output: out.tokens[len(output)],
-            mode="exact" if lossless else depth["exit_mode"],
+            mode="exact" if drafted(request) else depth["exit_mode"],
             **controls,
         )
         for controls in (
@@ -156,10 +155,15 @@ def margins(reference: Reference, request: Pooled, out: Output) -> list[float]:
                 "max_loops": depth.get("max_loops"),
                 "forced_depths": depth.get("forced_depths"),
             },
-            *([{}] if lossless else []),
+            *([{}] if drafted(request) else []),
         )
     ]
     return [min(replay.margin(index) for replay in replays) for index in range(len(out.tokens))]
+
+
+def drafted(request: Pooled) -> bool:
+    """Whether the last loop has the last word of a request's tokens."""
+    return request.params.extra_args["exit_mode"] == LOSSLESS
 
 
 def workload(rng: random.Random, pool: list[Pooled]) -> tuple[list[Pooled], list[Arrival]]:
@@ -212,7 +216,9 @@ def test_batched_equals_serial(
                     what = f"{kind} workload {number} request {arrival.name}.{index}"
                     what = f"{what} {request.params}"
                     if same[0] == same[2] and same[1] == same[3]:
-                        assert out.loops_run == alone.loops_run[:end], what
+                        # What a preemption threw away of drafts is billed to no token.
+                        if not (drafted(request) and kind.startswith("cramped")):
+                            assert out.loops_run == alone.loops_run[:end], what
                         assert_same_values(what, out, alone)
                         if end == len(alone.tokens):
                             ended = (out.text, out.finish_reason, out.stop_reason)

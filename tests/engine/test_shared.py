@@ -136,7 +136,5 @@ def test_no_request_is_of_two_modes(llm: LLM, mode: Any) -> None:
 def test_cuda_says_that_it_has_no_such_mode(llm: LLM) -> None:
     config = LoopConfig.of(llm.llm_engine.vllm_config)
     with pytest.raises(DepthError, match="not supported on CUDA") as caught:
-        features.check(
-            greedy(2, SHARED), config, resumable=False, open_args=False, reads_loops=False
-        )
+        features.check(greedy(2, SHARED), config, resumable=False, open_args=False, on_cpu=False)
     assert caught.value.param == "exit_mode"

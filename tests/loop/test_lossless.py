@@ -50,7 +50,10 @@ class Asking:
         self.luck, self.seat, self.computed = float(rng.choice([0, 0.3, 0.8, 1])), seat, 0
         self.single, self.guided = rng.random() < 0.15, rng.random() < 0.3
         low, high = sorted(int(loop) for loop in rng.integers(1, loops + 1, 2))
-        self.controls: dict[str, Any] = {"threshold": rng.random()}
+        # By any exit rule; what a loop changed of a hash is around 1.
+        self.controls: dict[str, Any] = {
+            str(rng.choice(["threshold", "margin", "delta"])): rng.random()
+        }
         self.controls |= {"min_loops": low, "max_loops": high}
         if rng.random() < 0.5:
             self.controls["forced"] = rng.integers(1, loops + 1, int(rng.integers(1, 5)))

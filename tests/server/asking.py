@@ -35,14 +35,11 @@ def check(depths: list[list[int]], usage: Any, depth: dict[str, Any], mode: str 
         assert set(every) == {LOOPS}
         assert told["loops_skipped"] == 0
     elif depth != DEFAULT and mode == "skip":
-        first = sum(deepest(depth) - one[0] for one in depths if one)
+        # The prompt runs every loop that the request may read.
+        forced = depth.get("vllm_xargs", {}).get("forced_depths", ())
+        deepest = max(forced, default=depth.get("max_loops", LOOPS))
+        first = sum(deepest - one[0] for one in depths if one)
         assert told["loops_run"] == sum(every) + first
-
-
-def deepest(depth: dict[str, Any]) -> int:
-    """The deepest loop that a request in `skip` runs, at its prompt too."""
-    forced = depth.get("vllm_xargs", {}).get("forced_depths")
-    return max(forced) if forced else depth.get("max_loops", LOOPS)
 
 
 def chat(live: Live, depth: dict[str, Any], messages: Any = ASK, **fields: Any) -> Any:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from ouro_server.agreement import Agreement, Rule, Ticket
 from ouro_server.bounds import at_most
+from tests.server.calibration_pool import load
 
 FLOORS = {"premium": 0.9, "batch": 0.1}
 RULE = Rule(target=0.95)
@@ -194,3 +196,25 @@ def test_it_ends_at_the_lowest_rung_that_holds() -> None:
     agreement = fresh(Rule(target=0.98))
     audit(agreement, lambda q: rng.random() >= max(0.0, 0.6 - q) * 0.15, 60_000)
     assert 0.25 < agreement.proven("batch") <= 0.55
+
+
+def test_of_ouro_minis_own_answers_it_proves_no_threshold_that_loses_too_much() -> None:
+    """Servers that audit random problems of the calibration pool, long enough to come to rest. A
+    rung loses what the next lower threshold of the pool does."""
+    thresholds, lost = load()
+    rule, floors, servers = Rule(target=0.98), {"standard": 0.3}, 30
+    rng = np.random.default_rng(11)
+    broke, deep = 0, []
+    for _ in range(servers):
+        agreement = Agreement(rule, floors, 1.0, True)
+        for problem in rng.integers(lost.shape[1], size=3000):
+            if (ticket := agreement.assign("standard")) is not None:
+                row = next(i for i, q in enumerate(thresholds) if q <= ticket.threshold)
+                agreement.hear(ticket, not lost[row, problem])
+        proven = agreement.proven("standard")
+        deep.append(proven)
+        row = next(i for i, q in enumerate(thresholds) if q <= proven)
+        broke += lost[row].mean() > rule.loss
+    slack = next(k for k in range(servers) if at_most(k, servers, 1 - rule.confidence) > 0.999)
+    assert broke <= slack
+    assert np.median(deep) < 0.7

@@ -182,7 +182,7 @@ def test_a_key_from_the_environment_counts(monkeypatch: pytest.MonkeyPatch) -> N
     ("served", "said"),
     [
         ({"reads_loops": False}, "not supported on CUDA yet"),
-        ({"steering": object()}, "must stay gate: --target-tpot-ms"),
+        ({"steering": object()}, "must stay gate: this server's target"),
     ],
 )
 def test_a_default_rule_that_this_server_cannot_have_is_refused(

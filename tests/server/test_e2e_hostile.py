@@ -136,5 +136,6 @@ def test_mutated_defaults_are_refused_or_taken_back(live: Live) -> None:
     for seed in range(60):
         answer = ask(live, "/v1/depth", mutated(random.Random(seed), "/v1/depth"))
         assert answer.status_code in (200, 400), answer.text
-    defaults = {"exit_threshold": 1.0, "min_loops": 1, "max_loops": 4, "exit_mode": "auto"}
+    bounds = {"exit_threshold": 1.0, "min_loops": 1, "max_loops": 4}
+    defaults = bounds | {"exit_mode": "auto", "exit_rule": "gate"}
     assert ask(live, "/v1/depth", defaults).json()["defaults"] == defaults
