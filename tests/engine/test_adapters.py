@@ -18,7 +18,15 @@ from vllm.lora.request import LoRARequest
 from tests.engine.adapters import ALL, GATE, merge, random_gate, write_adapter
 from tests.engine.cases import CHECKPOINTS
 from tests.engine.compare import assert_same
-from tests.engine.harness import Output, assert_idle, engine, generate, greedy, runner_of
+from tests.engine.harness import (
+    Output,
+    assert_idle,
+    count_preemptions,
+    engine,
+    generate,
+    greedy,
+    runner_of,
+)
 
 CHECKPOINT = CHECKPOINTS["t4-mha"]
 NAMES = ("base", "all", "attention")
@@ -28,6 +36,9 @@ DEPTHS: list[dict[str, Any]] = [
     {"exit_threshold": 0.5, "exit_mode": "exact"},
     {"exit_threshold": 0.5, "exit_mode": "lossless"},
     {"forced_depths": [1, 4, 2, 3]},
+    {"exit_threshold": 0.5, "exit_mode": "shared"},
+    {"exit_threshold": 0.2, "exit_rule": "margin"},
+    {"exit_threshold": 0.5, "exit_rule": "delta", "exit_mode": "exact"},
 ]
 TOKENS = 24
 
@@ -72,9 +83,12 @@ def merged(
 
 @pytest.fixture(scope="module")
 def serving(merged: dict[str, list[list[Output]]]) -> Iterator[LLM]:
-    """Started when the engines of `merged` have ended: one that ends takes vLLM's groups along."""
+    """Started when the engines of `merged` have ended: one that ends takes vLLM's groups along.
+    A crowd does not fit into its pages."""
     options = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8, "max_cpu_loras": 2}
-    with engine(CHECKPOINT, enable_prefix_caching=True, max_num_seqs=16, **options) as llm:
+    with engine(
+        CHECKPOINT, enable_prefix_caching=True, max_num_seqs=16, blocks=20, **options
+    ) as llm:
         yield llm
 
 
@@ -112,9 +126,10 @@ def test_a_crowd_of_adapters_answers_as_the_merged_weights(
     serving: LLM, adapters: dict[str, str], merged: dict[str, list[list[Output]]], seed: int
 ) -> None:
     """The second time most prompts come out of the prefix cache: each from its own adapter's."""
-    asked = everything(seed)
+    asked, preempted = everything(seed), count_preemptions(serving)
     for (name, prompt, depth), got in zip(asked, ask(serving, adapters, asked), strict=True):
         agree((name, prompt, depth), got, merged[name][depth][prompt], depth)
+    assert preempted, "the pool is large enough for all"
     assert_idle(serving)
 
 
