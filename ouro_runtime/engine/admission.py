@@ -49,7 +49,9 @@ def check_one_loop(
     )
 
 
-def hold_to_pool(request: Any, config: LoopConfig, cache: Any, engines: int) -> None:
+def hold_to_pool(
+    request: Any, config: LoopConfig, cache: Any, engines: int, max_model_len: int
+) -> None:
     """Shorten `max_tokens` of vLLM's EngineCoreRequest to what the pool holds.
 
     Args:
@@ -68,7 +70,10 @@ def hold_to_pool(request: Any, config: LoopConfig, cache: Any, engines: int) -> 
     # One page is vLLM's own; and slots are reserved for what a step may bring.
     pages = cache.num_gpu_blocks // engines - 1
     ahead = (2 if config.drafts else 1) * (config.loops - 1)
-    room = longest(pages, cache.block_size, len(prompt), loops, planes) - ahead - len(prompt)
+    reach = longest(pages, cache.block_size, len(prompt), loops, planes)
+    if reach >= max_model_len:
+        return  # no slot is reserved past the model's length
+    room = reach - ahead - len(prompt)
     if room < 1:
         raise DepthError(
             "prompt",

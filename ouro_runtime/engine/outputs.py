@@ -113,8 +113,13 @@ def _validate_requests() -> None:
         request = process_inputs(self, request_id, prompt, params, *a, **k)
         if is_ouro(self.vllm_config) and current_platform.is_cpu():
             config, parallel = self.vllm_config, self.vllm_config.parallel_config
-            engines = parallel.data_parallel_size
-            hold_to_pool(request, LoopConfig.of(config), config.cache_config, engines)
+            hold_to_pool(
+                request,
+                LoopConfig.of(config),
+                config.cache_config,
+                engines=parallel.data_parallel_size,
+                max_model_len=config.model_config.max_model_len,
+            )
         return request
 
     InputProcessor.process_inputs = checked

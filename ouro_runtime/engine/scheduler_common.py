@@ -2,7 +2,8 @@
 
 - `num_lookahead_tokens = T - 1` reserves the slots that a step may fill;
 - the prefix cache is offered a block only when all its positions have true K/V at every loop, and
-  gives a request that lost its blocks only what it would have offered itself;
+  gives a request that lost its blocks only what it would have offered itself; what it was to
+  compute in the step that takes them away is withdrawn;
 - K/V has no other way out: a connector is refused, however it was configured;
 - depths ride to the API process in `EngineCoreOutput.routed_experts` (see `outputs.py`).
 """
@@ -30,6 +31,8 @@ check_parameters(Scheduler.update_from_output, "scheduler_output", "model_runner
 check_parameters(Scheduler._free_request_blocks, "request")
 check_parameters(Scheduler._get_local_prefix_cache_hit, "request")
 check_parameters(KVCacheManager.create_kv_cache_blocks, "blocks")
+check_parameters(KVCacheManager.evict_blocks, "block_ids")
+check_parameters(KVCacheManager.get_blocks, "request_id")
 
 
 class LoopSchedulerMixin:
@@ -119,7 +122,20 @@ class LoopSchedulerMixin:
         # prefix of what was generated stays known for as long as the request lives.
         if request.is_finished():
             self._clean.pop(request.request_id, None)
+        else:
+            self._withdraw_planned(request)
         super()._free_request_blocks(request)  # type: ignore[misc]
+
+    def _withdraw_planned(self, request: Request) -> None:
+        """Take out of the prefix cache what a request that is preempted was only about to compute.
+
+        vLLM publishes a block when the tokens that fill it are planned. By priority a request may
+        lose its place in the very plan that has just given it tokens: they are not computed.
+        """
+        first = request.num_computed_tokens // self.block_size
+        held = self.kv_cache_manager.get_blocks(request.request_id).blocks
+        planned = {block.block_id for blocks in held for block in blocks[first:]}
+        self.kv_cache_manager.evict_blocks(planned)
 
 
 assert hasattr(EngineCoreOutput, "routed_experts"), "the depth channel is gone"

@@ -16,8 +16,8 @@ from tests.engine.harness import BLOCK, assert_idle, engine, generate, generate_
 from tests.reference.model import Reference
 
 CHECKPOINT, LOOPS = CHECKPOINTS["t4-mha"], 4
-LENGTH = 7 * BLOCK
 PAGES = 8
+LENGTH = PAGES * BLOCK
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,6 @@ def test_a_prompt_that_does_not_fit_is_refused_and_fits_with_fewer_loops(llm: LL
 def test_a_pool_too_small_at_one_loop_does_not_start() -> None:
     with (
         pytest.raises(ValueError, match="To serve at least one request"),
-        engine(CHECKPOINT, max_model_len=LENGTH, num_gpu_blocks_override=7),
+        engine(CHECKPOINT, max_model_len=LENGTH, num_gpu_blocks_override=PAGES),
     ):
         pass
