@@ -24,6 +24,13 @@ def test_tables_are_those_of_each_sequences_loop() -> None:
     assert tables.dtype == np.int32
 
 
+def test_where_loops_share_what_is_generated_lies_in_the_last_ones_pages() -> None:
+    pos, loop, prompt = np.array([2, 3, 2, 3]), np.array([0, 0, 1, 0]), np.full(4, 3)
+    shared = np.array([True, True, True, False])
+    planes = LoopPages(TABLES, block_size=2).planes(shared, prompt, pos, loop)
+    assert planes.tolist() == [0, 1, 1, 0]
+
+
 def test_skip_ends_the_clean_prefix_at_the_first_early_exit() -> None:
     clean = CleanPrefix(prompt=10, loops=4, mode="skip")
     assert clean.step([2]) == 10, "token 0 is read out at the prompt's last position"
@@ -44,6 +51,12 @@ def test_exact_positions_count_one_step_late() -> None:
     assert clean.step([]) == 12
     assert clean.step([4]) == 12
     assert clean.step([]) == 13
+
+
+def test_in_shared_the_prompt_is_all_that_others_may_read() -> None:
+    clean = CleanPrefix(prompt=10, loops=4, mode="shared")
+    assert clean.step([4, 4, 4, 4]) == 10
+    assert clean.by_loop == [10] * 4
 
 
 @pytest.mark.parametrize("mode", ["skip", "exact", "lossless"])

@@ -1,6 +1,31 @@
 """Limits and replays against counting by hand."""
 
-from ouro_runtime.loop.limits import last_readout, replayed
+from typing import Any
+
+import pytest
+
+from ouro_runtime.config import ExitParams
+from ouro_runtime.loop.limits import deepest_loop, last_readout, replayed
+
+
+@pytest.mark.parametrize(
+    ("controls", "prompt_logprobs", "deepest"),
+    [
+        ({"exit_mode": "skip"}, False, 2),
+        ({"exit_mode": "exact"}, False, 2),
+        ({"exit_mode": "shared"}, False, 4),  # what is generated reads loop 4 of the prompt
+        ({"exit_mode": "lossless"}, False, 4),  # the bound is its drafts'
+        ({"exit_mode": "skip"}, True, 4),  # which are loop 4's
+        ({"exit_mode": "skip", "forced_depths": (1, 3, 1)}, False, 3),
+        ({"exit_mode": "exact", "forced_depths": (1,)}, False, 1),
+    ],
+    ids=str,
+)
+def test_a_request_goes_as_deep_as_it_can_read(
+    controls: dict[str, Any], prompt_logprobs: bool, deepest: int
+) -> None:
+    params = ExitParams(exit_threshold=0.5, min_loops=1, max_loops=2, **controls)
+    assert deepest_loop(params, 4, prompt_logprobs) == deepest
 
 
 def test_the_last_token_is_read_out_where_tokens_or_the_length_end() -> None:
