@@ -190,6 +190,20 @@ def test_a_step_yields_up_to_one_token_per_pass() -> None:
     assert tokens == LOOPS
 
 
+@pytest.mark.parametrize(("shared", "rows"), [(False, [3, 4, 4, 4]), (True, [3, 3, 3, 3])])
+def test_in_shared_nothing_starts_before_the_prompt_is_complete(
+    shared: bool, rows: list[int]
+) -> None:
+    """A generated position reads loop T of its prompt at every loop."""
+    request = Work(0, 3, 3, 3, 9, forced=np.array([1]), shared=shared)
+    plan, ran = StepPlan([request], LOOPS), []
+    for _ in range(LOOPS):
+        ran.append(len(plan.rows))
+        out = plan.readout(plan.rows.loop + 1 >= plan.rows.low)
+        plan.advance(out, np.zeros(len(out), np.int64), np.zeros(len(out), bool))
+    assert ran == rows
+
+
 def test_recomputed_positions_stop_where_they_left() -> None:
     work = Work(start=0, count=6, known=6, prompt=3, last=100, max_loops=4, depths=[2, 1, 3])
     plan = StepPlan([work], LOOPS)

@@ -14,6 +14,7 @@ from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from ouro_runtime.config import DepthError
 from ouro_server.agreement import Agreement, Rule
 from ouro_server.audit import auditor as module
+from ouro_server.audit import room
 from ouro_server.honest_status import Progress, _progress
 from ouro_server.resolve import Resolved
 from ouro_server.vllm_api import EngineDeadError
@@ -332,6 +333,23 @@ def test_a_short_audit_is_not_given_up() -> None:
         await bench.until(lambda: bench.count("audited_requests_total") == 1)
 
     assert run(Bench(), play).engine.aborted == 0
+
+
+def test_a_short_audit_that_stands_in_the_engines_queue_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(room, "MOST_BESIDE", 1)
+
+    async def play(bench: Bench) -> None:
+        bench.engine.hold = asyncio.Event()
+        await bench.ask()
+        await bench.until(lambda: len(bench.engine.audits) == 1)
+        await bench.ask(params(WHOLE, output_kind=RequestOutputKind.DELTA))
+        await bench.until(lambda: len(bench.engine.audits) == 2)
+        bench.engine.hold.set()
+        await bench.until(lambda: bench.count("audited_requests_total") == 1)
+
+    assert run(Bench(), play).engine.aborted == 1
 
 
 def test_a_server_that_stops_aborts_the_audit_and_forgets_the_others() -> None:

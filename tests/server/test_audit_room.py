@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from ouro_server.audit.room import PATIENCE, Guest, Room
+from ouro_server.audit.room import MOST_BESIDE, PATIENCE, Guest, Room
 
 
 class Bench:
@@ -50,7 +50,7 @@ def test_none_while_a_request_waits_for_its_first_token(bench: Bench) -> None:
     assert bench.room.takes(1)
     bench.now += 0.01
     assert not bench.room.takes(1)
-    guest.begun = True
+    bench.room.heard(guest)
     assert bench.room.takes(1)
 
 
@@ -69,6 +69,23 @@ def test_an_arrival_is_told_of(bench: Bench) -> None:
     told: list[int] = []
     bench.room.on_arrival = lambda: told.append(1)
     bench.come()
+    assert told == [1]
+
+
+def test_an_audit_that_others_overtake_is_told_of(bench: Bench) -> None:
+    told: list[int] = []
+    bench.room.on_standing = lambda: told.append(1)
+    guest, many = bench.come(), bench.come(2)
+    for _ in range(2):
+        bench.room.heard(guest)
+        with bench.room.audit():
+            for _ in range(MOST_BESIDE):
+                bench.room.heard(guest)
+                bench.room.heard(many)
+    assert not told
+    with bench.room.audit():
+        for _ in range(MOST_BESIDE + 1):
+            bench.room.heard(guest)
     assert told == [1]
 
 

@@ -22,7 +22,7 @@ MOST_TOKENS = 2**17
 """What waits to be audited, at most; more is dropped, and counted."""
 
 MOST_TRIES = 3
-"""Times that an answer of several steps is begun before it is given up."""
+"""Times that an answer's audit is begun and interrupted before it is dropped."""
 
 LOOK = 0.01
 """Seconds between two looks whether there is room."""
@@ -168,10 +168,12 @@ class Auditor:
             reading = asyncio.create_task(self._read(answer))
             if answer.length > self.room.step:
                 self.room.on_arrival = reading.cancel
+            else:
+                self.room.on_standing = reading.cancel
             try:
                 await asyncio.wait((reading,))
             finally:
-                self.room.on_arrival = None
+                self.room.on_arrival = self.room.on_standing = None
                 reading.cancel()
                 await asyncio.gather(reading, return_exceptions=True)
         if reading.cancelled():

@@ -95,7 +95,8 @@ def listen(engine_client: Any, picker: Picker, auditor: Auditor) -> None:
                 )
 
         notes = None if pick is None else Notes(pick)
-        return _noting(results, notes, offer, lambda: auditor.room.guest(params.n or 1))
+        room = auditor.room
+        return _noting(results, notes, offer, lambda: room.guest(params.n or 1), room.heard)
 
     engine_client.generate = listening
 
@@ -105,12 +106,13 @@ async def _noting(
     notes: Notes | None,
     offer: Callable[[Notes], None],
     enter: Callable[[], Any],
+    heard: Callable[[Any], None],
 ) -> AsyncGenerator[Any, None]:
     """`results`, unchanged for who asked; never what breaks them."""
     with enter() as guest:
         async with aclosing(results):
             async for result in results:
-                guest.begun = True
+                heard(guest)
                 if notes is not None:
                     try:
                         notes.hear(result)
