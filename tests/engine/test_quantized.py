@@ -10,13 +10,23 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 from vllm import LLM
+from vllm.lora.request import LoRARequest
 
 from ouro_runtime.model.checkpoint import check_checkpoint
 from ouro_runtime.model.quantize import main
 from ouro_runtime.model.quantized import has_four_bits, overflows
 from ouro_runtime.training.evaluate import prompts_of, score, suite
 from ouro_server.checkpoint import shipped
-from tests.engine.harness import assert_idle, engine, generate, generate_one, greedy, scheduler_of
+from tests.engine.adapters import ALL, GATE, write_adapter
+from tests.engine.harness import (
+    Output,
+    assert_idle,
+    engine,
+    generate,
+    generate_one,
+    greedy,
+    scheduler_of,
+)
 from tests.engine.quantized import FORMATS, repack
 
 LOOPS = 4
@@ -94,6 +104,26 @@ def test_a_crowd_changes_nothing(llm: LLM, name: str) -> None:
     for prompt, params, out in zip(prompts, asked, together, strict=True):
         alone = generate_one(llm, prompt, params)
         assert alone.tokens == out.tokens and alone.loops_run == out.loops_run
+
+
+def test_adapters_change_a_quantized_checkpoint_too(tmp_path: Path) -> None:
+    """Its request alone, and beside one without an adapter."""
+    adapter = write_adapter(tmp_path / "a", str(shipped()), seed=0, targets=(*ALL, GATE))
+    lora, prompt = LoRARequest("a", 1, adapter), {"prompt_token_ids": [5, 90, 40]}
+    asked = greedy(8, EARLY["skip"])
+    options = {"enable_lora": True, "max_lora_rank": 8, "max_model_len": 64}
+    with engine(str(checkpoint(EIGHT, tmp_path)), **options) as llm:
+        answers = [
+            [
+                Output.of(answer.outputs[0]).tokens
+                for answer in llm.generate(
+                    [prompt] * len(loras), asked, lora_request=loras, use_tqdm=False
+                )
+            ]
+            for loras in ([None, lora], [lora])
+        ]
+    (plain, crowd), (alone,) = answers
+    assert alone == crowd != plain
 
 
 def test_what_this_processor_cannot_run_is_refused(tmp_path: Path) -> None:

@@ -67,13 +67,16 @@ def test_what_overflows_in_an_adapter_stays_finite_in_its_rows(
 ) -> None:
     """Or its K/V would spoil the answers of whoever gets its pages next."""
     a, b = ([1e30 * w.to(dtype) for w in part] for part in weights)
+    for part in b:
+        part[1] /= 1e30
     rows = RowAdapters(torch.device("cpu"))
     rows.update_metadata(LoRAMapping((0, 5), (0, 5)), [7, 5], SLOTS + 1, 100)
-    rows.place(np.array([7, 0], np.int64))
-    x = torch.ones(2, IN, dtype=dtype)
-    y = torch.full((2, sum(WIDTHS)), torch.inf, dtype=dtype)
+    rows.place(np.array([7, 0, 5], np.int64))
+    x = torch.ones(3, IN, dtype=dtype)
+    y = torch.full((3, sum(WIDTHS)), torch.inf, dtype=dtype)
+    y[2] = 0
     rows.add_lora_linear(y, x, tuple(a), tuple(b), 1.0, WIDTHS)
-    assert (y[0].float() ** 2).isfinite().all()
+    assert (y[[0, 2]].float() ** 2).isfinite().all(), "a norm squares it"
     assert y[1].isinf().all(), "a row without an adapter is nobody's business"
 
 
@@ -154,6 +157,7 @@ def test_an_adapter_that_fits_is_taken() -> None:
         ({"lora_a": torch.ones(2, 3)}, r"q_proj\.lora_A\.weight is \(2, 3\), not \(2, 4\)"),
         ({"lora_b": torch.ones(5, 2)}, r"q_proj\.lora_B\.weight is \(5, 2\), not \(6, 2\)"),
         ({"lora_a": torch.ones(3, 4), "lora_b": torch.ones(6, 3)}, r"\(3, 4\), not \(2, 4\)"),
+        ({"lora_b": torch.ones(6, 3)}, r"lora_B\.weight is \(6, 3\), not \(6, 2\)"),
         ({"lora_a": torch.ones(4)}, r"lora_A\.weight is \(4,\), not"),
         ({"lora_b": None}, r"q_proj\.lora_B\.weight is missing in the adapter"),
         ({"lora_a": torch.full((2, 4), torch.nan)}, r"lora_A\.weight holds what is not a finite"),

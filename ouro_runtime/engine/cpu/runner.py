@@ -20,6 +20,7 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.config import VllmConfig
 from vllm.lora import model_manager
+from vllm.lora.layers import base_linear
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.worker import lora_model_runner_mixin
@@ -72,6 +73,8 @@ class OuroCPUModelRunner(CPUModelRunner):
         with (
             mock.patch.object(model_manager, "get_punica_wrapper", return_value=adapters),
             mock.patch.object(lora_model_runner_mixin, "LRUCacheWorkerLoRAManager", GateManager),
+            # vLLM asks the weight, which a quantized layer on CPU has given to its kernel.
+            mock.patch.object(base_linear, "_get_lora_device", return_value=device),
         ):
             loaded = super().load_lora_model(model, vllm_config, device)
         adapters.gated = self.lora_manager.gated
