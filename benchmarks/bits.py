@@ -17,7 +17,7 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from multiprocessing import get_context
@@ -127,12 +127,15 @@ def speeds(
     means: Sequence[float],
     rounds: int,
     tokens: int | None,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Median decode rates, tokens a second of the whole batch, and the machine.
+    keep: Callable[[list[dict[str, Any]], dict[str, Any]], None],
+) -> None:
+    """Median decode rates, tokens a second of the whole batch.
 
     Args:
         models: see `contenders`. means: mean depths.
         tokens: of each request, a multiple of 16 below full depth; None for `decode`'s.
+        keep: gets a row for each setting, and the machine, after every round but the first, which
+            warms up. A run that is ended early so leaves its figures.
     """
     rates: dict[tuple[str, int, float], list[float]] = {}
     with ExitStack() as stack:
@@ -155,20 +158,25 @@ def speeds(
                             tokens=count + 1,
                             extra=forced(mean, count, batch),
                         )
+                        rate = found["rate"]
+                        print(
+                            f"round {turn + 1}, {batch}, {mean:g}, {name}: {rate:.1f}", flush=True
+                        )
                         if turn >= 0:
-                            rates.setdefault((name, batch, mean), []).append(found["rate"])
-        where = machine(next(iter(engines.values())))
-    rows = [
-        {
-            "format": name,
-            "computes_in": models[name][1],
-            "batch": batch,
-            "mean_depth": mean,
-            "rate": statistics.median(values),
-        }
-        for (name, batch, mean), values in rates.items()
-    ]
-    return rows, where
+                            rates.setdefault((name, batch, mean), []).append(rate)
+            if rates:
+                rows = [
+                    {
+                        "format": name,
+                        "computes_in": models[name][1],
+                        "batch": batch,
+                        "mean_depth": mean,
+                        "rate": statistics.median(values),
+                        "rounds": values,
+                    }
+                    for (name, batch, mean), values in rates.items()
+                ]
+                keep(rows, machine(next(iter(engines.values()))))
 
 
 def alone(function: Any, *arguments: Any) -> Any:
@@ -203,9 +211,10 @@ def page(result: dict[str, Any]) -> str:
             for name, mean in rows
         ]
         where = result["machine"]
+        rounds = len(result["speed"][0]["rounds"])
         said = (
             f"`{result['model']}`, tokens a second of the whole batch, decode only, medians of "
-            f"{result['rounds']} round(s); {where['cpu']}, {where['threads']} thread(s); vLLM "
+            f"{rounds} round(s); {where['cpu']}, {where['threads']} thread(s); vLLM "
             f"{where['vllm']}, torch {where['torch']}; load {where['load_at_start']} at the end"
         )
         columns = ("format", "mean depth", *(f"batch {batch}" for batch in batches))
@@ -222,6 +231,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--means", type=float, nargs="+", default=[4.0, 2.5], help="mean depths")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--native", action="store_true", help="only what the processor has arithmetic for"
+    )
     parser.add_argument("--tokens", type=int, help="of each request (default: 32, 16 in a batch)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--name", default="bits", help="of the files (bits)")
@@ -233,12 +245,20 @@ def main() -> None:
         "problems": options.problems,
         "answers": [],
     }
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    def keep(**more: Any) -> None:
+        result.update(more)
+        (options.out / f"{options.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (options.out / f"{options.name}.md").write_text(page(result))
+
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         for name, how in FORMATS.items() if options.problems else ():
             model = alone(write, MINI, scratch / f"mini-{name}", how, narrow)
             served = name != "w4a16" or four_bits
-            result["answers"] += alone(answers, model, name, served, options.problems)
+            rows = alone(answers, model, name, served, options.problems)
+            keep(answers=result["answers"] + rows)
         if options.batches:
             source = make_model(options.model, scratch / "source")
             written = {
@@ -246,22 +266,17 @@ def main() -> None:
                 for name, how in FORMATS.items()
                 if how and (name != "w4a16" or four_bits)
             }
-            rows, where = speeds(
-                contenders(source, written),
+            models = contenders(source, written)
+            if options.native:
+                models = {n: m for n, m in models.items() if m[1] == choose_dtype("auto", source)}
+            speeds(
+                models,
                 options.batches,
                 options.means,
                 options.rounds,
                 options.tokens,
+                lambda rows, where: keep(speed=rows, model=options.model, machine=where),
             )
-            result |= {
-                "speed": rows,
-                "model": options.model,
-                "rounds": options.rounds,
-                "machine": where,
-            }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{options.name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.out / f"{options.name}.md").write_text(page(result))
     print(page(result))
 
 

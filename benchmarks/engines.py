@@ -62,16 +62,24 @@ class Engine:
 
     Args:
         kind: `ours` or `baseline`. cores: to bind it to.
-        options: further options of `benchmarks.worker`.
+        options: further options of `benchmarks.worker`. checkout: whose code runs.
     """
 
-    def __init__(self, kind: str, model: str | Path, cores: list[int], *options: str) -> None:
+    def __init__(
+        self,
+        kind: str,
+        model: str | Path,
+        cores: list[int],
+        *options: str,
+        checkout: Path = ROOT,
+    ) -> None:
         self.kind = kind
         threads = str(len(cores))
         environment = os.environ | {
             "HF_HUB_OFFLINE": "1",
             "LD_PRELOAD": preloads(),
             "OMP_NUM_THREADS": threads,
+            "PYTHONPATH": os.pathsep.join(map(str, (checkout, checkout / "kernels"))),
             "GOMP_CPU_AFFINITY": " ".join(map(str, cores)),
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -86,7 +94,7 @@ class Engine:
                 *(sys.executable, "-W", "ignore", "-m", "benchmarks.worker"),
                 *("--engine", kind, "--model", str(model), *options),
             ],
-            cwd=ROOT,
+            cwd=checkout,
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 LOOPS, PROMPT = 4, 8
 """T of the checkpoints that are measured, and tokens of a prompt."""
 
@@ -71,6 +73,25 @@ def reachable(
     """
     adaptive = fixed - together + read_outs(mean, batch) * spread + mean * loop
     return (fixed + loops * loop) / adaptive
+
+
+def drafted(
+    passes: Mapping[int, float], heads: Mapping[int, float], batch: int, loops: int, mean: float
+) -> float:
+    """The most that drafts can bring `batch` requests that run `mean` passes a token, if each is
+    right and nothing else takes time: their `loops` cells a token share the passes, and all tokens
+    are read out twice, once as a draft.
+
+    Args:
+        passes: seconds of a pass by its rows, at least from `batch` to `loops` times as many.
+        heads: seconds of a product with the vocabulary, by its rows.
+    """
+
+    def at(known: Mapping[int, float], rows: float) -> float:
+        return float(np.interp(rows, sorted(known), [known[count] for count in sorted(known)]))
+
+    full = loops * at(passes, batch) + at(heads, batch)
+    return full / (mean * (at(passes, batch * loops / mean) + at(heads, 2 * batch / mean)))
 
 
 def agreement(left: Sequence[Sequence[int]], right: Sequence[Sequence[int]]) -> float:

@@ -9,6 +9,7 @@ from benchmarks.workload import (
     agreement,
     bound,
     depth_lists,
+    drafted,
     fit_line,
     reachable,
     read_outs,
@@ -61,3 +62,12 @@ def test_percentiles_count_by_weight() -> None:
     assert (percentile(paces, 0.5), percentile(paces, 0.95)) == (20.0, 90.0)
     assert percentile([], 0.5) is None
     assert percentile(paces, 0.05) == 10.0
+
+
+def test_drafts_bring_nothing_where_rows_cost_and_all_where_weights_do() -> None:
+    heads = {4: 0.0, 16: 0.0}
+    assert drafted({8: 8.0, 32: 32.0}, heads, batch=8, loops=4, mean=1) == 1
+    assert drafted({8: 5.0, 32: 5.0}, heads, batch=8, loops=4, mean=2) == 2
+    # Half and half, and a product with the vocabulary as dear as a row: 4 x 12 + 8 to 2 x (20 + 8).
+    dear = {4: 4.0, 16: 16.0}
+    assert drafted({8: 12.0, 32: 36.0}, dear, batch=8, loops=4, mean=2) == 1
