@@ -49,7 +49,8 @@ def _integer(low: int, high: int) -> Rule:
     return Rule(f"an integer from {low} to {high}", lambda v: is_integer(v) and low <= v <= high)
 
 
-def _or_null(rule: Rule) -> Rule:
+def or_null(rule: Rule) -> Rule:
+    """What `rule` allows, or null."""
     return Rule(f"{rule.allowed}, or null", lambda v: v is None or rule.holds(v))
 
 
@@ -68,19 +69,19 @@ def _is_rope(value: Any) -> bool:
 
 
 _POSITIVE = Rule("a number above 0", lambda v: is_number(v) and v > 0)
-_DTYPE = _or_null(Rule(f"one of {', '.join(DTYPES)}", lambda v: v in DTYPES))
-_ROPE = _or_null(
+_DTYPE = or_null(Rule(f"one of {', '.join(DTYPES)}", lambda v: v in DTYPES))
+_ROPE = or_null(
     Rule(
         f"an object whose rope_type is one of {', '.join(ROPE_TYPES)}, with a number as factor "
         "where the type needs one, and numbers in its other fields",
         _is_rope,
     )
 )
-_TOKEN = _or_null(Rule("a token id", is_integer))
+_TOKEN = or_null(Rule("a token id", is_integer))
 
 FIELDS: Mapping[str, Rule] = {
     "total_ut_steps": _integer(1, MOST_LOOPS),
-    "early_exit_threshold": _or_null(
+    "early_exit_threshold": or_null(
         Rule("a number of 0 or more", lambda v: is_number(v) and v >= 0)
     ),
     "max_position_embeddings": _integer(1, 2**31 - 1),
@@ -91,18 +92,18 @@ FIELDS: Mapping[str, Rule] = {
     "rope_parameters": _ROPE,
     "torch_dtype": _DTYPE,
     "dtype": _DTYPE,
-    "use_sliding_window": _or_null(Rule("false", lambda v: v is False)),
-    "layer_types": _or_null(
+    "use_sliding_window": or_null(Rule("false", lambda v: v is False)),
+    "layer_types": or_null(
         Rule(
             "a list of 'full_attention'",
             lambda v: isinstance(v, list) and all(kind == "full_attention" for kind in v),
         )
     ),
     "tie_word_embeddings": Rule("true or false", lambda v: isinstance(v, bool)),
-    "quantization_config": _or_null(Rule("an object", lambda v: isinstance(v, Mapping))),
+    "quantization_config": or_null(Rule("an object", lambda v: isinstance(v, Mapping))),
     "bos_token_id": _TOKEN,
     "pad_token_id": _TOKEN,
-    "eos_token_id": _or_null(
+    "eos_token_id": or_null(
         Rule(
             "a token id or a list of them",
             lambda v: all(map(is_integer, v if isinstance(v, list) else [v])),

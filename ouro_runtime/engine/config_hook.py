@@ -26,6 +26,18 @@ NO_CONNECTORS = (
 )
 
 
+NO_RAY = (
+    "Ray on CPU: vLLM's CPU platform has no device that Ray could place. Leave out "
+    "--distributed-executor-backend and --data-parallel-backend; several hosts go by "
+    "--data-parallel-address and --headless"
+)
+
+
+def needs_ray(options: Any) -> bool:
+    """Whether vLLM would run on Ray, by its configuration or the command line's options."""
+    return "ray" in (options.distributed_executor_backend, options.data_parallel_backend)
+
+
 def reads_loops() -> bool:
     """Whether the engine of this machine can read out, or compare, what each loop left."""
     return current_platform.is_cpu()
@@ -119,6 +131,7 @@ def refuse(vllm_config: Any) -> None:
                 "stages once per loop; use tensor or data parallelism"
             ),
         ),
+        (current_platform.is_cpu() and needs_ray(parallel), NO_RAY),
         (
             vllm_config.speculative_config is not None,
             (

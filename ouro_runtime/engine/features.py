@@ -46,7 +46,10 @@ SAMPLING = {
         output_text_buffer_length
     """,
     "nobody: it needs a server option that config_hook.refuse refuses": """
-        watermarking _watermarking_skipped trace_decode_token_ids routed_experts_prompt_start
+        _watermarking_skipped trace_decode_token_ids routed_experts_prompt_start
+    """,
+    "nobody: it is refused (outputs.py)": """
+        watermarking
     """,
 }
 """Fields of `SamplingParams` by who honours them."""
@@ -66,13 +69,21 @@ REQUEST = {
 
 TRANSFER = ("kv_transfer_params", "ec_transfer_params")
 OWN = (*DEPTH_FIELDS, FORCED, RETURN_LOOPS)
+NO_PRIORITY = "priority has no effect without --scheduling-policy priority; leave it out, or 0"
+NO_WATERMARK = "watermarking is not supported: tokens are sampled without watermarks here"
 NO_SHARED = "exit_mode 'shared' is not supported on CUDA yet: its pages hold every loop"
 VLLMS = ("kv_cache_report_mode",)
 """Keys of `extra_args`: for connectors, ours, and what vLLM's prefix cache reads."""
 
 
 def check(
-    params: Any, config: LoopConfig, *, resumable: bool, open_args: bool, on_cpu: bool
+    params: Any,
+    config: LoopConfig,
+    *,
+    resumable: bool,
+    open_args: bool,
+    on_cpu: bool,
+    unheard_priority: bool = False,
 ) -> None:
     """Refuse what a request asks for and would not get.
 
@@ -82,6 +93,8 @@ def check(
         open_args: whether a logits processor of the user's may read other keys of `extra_args`.
         on_cpu: whether it is the CPU engine, which reads out what each loop left, and has pages by
             loop; on CUDA nothing comes back between two passes.
+        unheard_priority: whether it has a priority that the scheduler does not ask for; vLLM says
+            of its field that this is an error, and takes it.
 
     Raises:
         DepthError: naming the field.
@@ -92,6 +105,8 @@ def check(
             "streaming input is not supported: a prompt that grows would keep the K/V of answers, "
             "which not every loop has",
         )
+    if unheard_priority:
+        raise DepthError("priority", NO_PRIORITY)
     extra: Mapping[str, Any] = params.extra_args or {}
     for name in extra:
         if name in TRANSFER:

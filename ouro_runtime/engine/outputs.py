@@ -26,7 +26,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
-from ouro_runtime.config import LoopConfig
+from ouro_runtime.config import DepthError, LoopConfig
 from ouro_runtime.engine import features, guesses
 from ouro_runtime.engine.admission import hold_to_pool
 from ouro_runtime.engine.config_hook import runs_on_cpu
@@ -80,6 +80,8 @@ def install() -> None:
     if getattr(OutputProcessor, "_ouro_installed", False):
         return
     check_parameters(InputProcessor.process_inputs, "params", "resumable")
+    check_parameters(InputProcessor.process_inputs, "priority", "lora_request")
+    check_parameters(InputProcessor.resolve_watermarking, "params")
     check_parameters(OutputProcessor.process_outputs, "engine_core_outputs", "iteration_stats")
     check_parameters(RequestState._new_completion_output, "token_ids", "finish_reason")
     check_parameters(RequestOutput.add, "next_output", "aggregate")
@@ -109,8 +111,14 @@ def _validate_requests() -> None:
                 resumable=bool(given.get("resumable")),
                 open_args=bool(self.vllm_config.model_config.logits_processors),
                 on_cpu=runs_on_cpu(self.vllm_config),
+                unheard_priority=bool(given.get("priority"))
+                and self.vllm_config.scheduler_config.policy != "priority",
             )
         request = process_inputs(self, request_id, prompt, params, *a, **k)
+        if is_ouro(self.vllm_config) and request.lora_request is not None:
+            # vLLM's prefix cache knows an adapter by its name and path, which another id may have
+            # again, with other weights.
+            request.cache_salt = f"{request.cache_salt or ''}@{request.lora_request.lora_int_id}"
         if is_ouro(self.vllm_config) and runs_on_cpu(self.vllm_config):
             config, parallel = self.vllm_config, self.vllm_config.parallel_config
             hold_to_pool(
@@ -123,6 +131,16 @@ def _validate_requests() -> None:
         return request
 
     InputProcessor.process_inputs = checked
+
+    resolve_watermarking = InputProcessor.resolve_watermarking
+
+    def refusing(self: Any, params: Any) -> bool:
+        """vLLM warns in the log, and samples without a watermark."""
+        if params.watermarking and is_ouro(self.vllm_config):
+            raise DepthError("watermarking", features.NO_WATERMARK)
+        return resolve_watermarking(self, params)
+
+    InputProcessor.resolve_watermarking = refusing
 
 
 def _read_reports() -> None:

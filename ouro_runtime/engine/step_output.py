@@ -1,7 +1,7 @@
 """What a step tells the scheduler besides tokens; rides on `ModelRunnerOutput.ouro`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,11 +20,13 @@ class StepOutput:
         notes: request id -> what `pack_notes` made of its tokens, in order.
         report: what the passes did.
         guided: some request left it to the server whether it is drafted.
+        lost: by id, why adapters could not be loaded; requests for them have no tokens of worth.
     """
 
     notes: dict[str, np.ndarray]
     report: StepReport
     guided: bool = False
+    lost: dict[int, str] = field(default_factory=dict)
 
     def depths(self, req_id: str) -> list[int]:
         """The depth of each of a request's tokens."""

@@ -6,20 +6,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tokenizers import Tokenizer
-
 import ouro_runtime
 from ouro_runtime.checkpoint_config import MOST_LOOPS, ConfigError, OuroConfig, check_config
 from ouro_runtime.config import LoopConfig
 from ouro_runtime.model.checkpoint import CheckpointError, Sizes, check_checkpoint, read_json
+from ouro_server.beside import TOKENIZER, check_beside
 
 SHIPPED_NAME = "ouro-mini"
 THINK_TOKENS = {"<think>": 3, "</think>": 4}
 FULL_REQUESTS = 8
 """Requests of full length the default K/V pool has room for."""
-
-TOKENIZER = "tokenizer.json"
-BESIDE = (TOKENIZER, "tokenizer_config.json", "generation_config.json")
 
 ANY_LOOPS = 10**6
 """Stands for T while the checkpoint is not known."""
@@ -113,7 +109,7 @@ def check_depth_defaults(config: dict[str, Any] | None, depth: dict[str, Any]) -
 
 def check_files(model: str, weights: bool = True) -> None:
     """Compare a local checkpoint's tensors with its config, from headers only, and look into the
-    files of its tokenizer.
+    files beside them.
 
     Args:
         weights: whether there are tensors to compare.
@@ -121,19 +117,15 @@ def check_files(model: str, weights: bool = True) -> None:
     Raises:
         RefusedError: naming what is wrong.
     """
-    folder = Path(model)
     try:
         if weights:
             check_checkpoint(model)
     except CheckpointError as error:
         raise RefusedError(str(error)) from None
-    # A tokenizer has other forms too.
-    found = [name for name in BESIDE if _read_object(folder, name) is not None]
-    if TOKENIZER in found:
-        try:
-            Tokenizer.from_file(str(folder / TOKENIZER))
-        except Exception as error:  # the library raises no narrower one
-            raise RefusedError(f"{model}: {TOKENIZER} is no tokenizer ({error})") from None
+    try:
+        check_beside(Path(model), _read_object(Path(model), "config.json") or {})
+    except CheckpointError as error:
+        raise RefusedError(f"{model}: {error}") from None
 
 
 def check_memory(model: str, pool: int, available: int) -> None:

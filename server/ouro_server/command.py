@@ -61,6 +61,7 @@ def _serve(
     args.presets = presets
     args.targets = targets
     launch.check_paths(args)
+    launch.check_named_files(args)
     launch.check_targets(args, book, merged["ouro"])
     if config is not None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -73,11 +74,12 @@ def _serve(
 
 def _run(args: Any) -> int:
     """Serve until stopped: status 2 if it cannot start, 1 if its engine dies."""
+    from ouro_runtime.engine.config_hook import needs_ray
     from ouro_server import failure, launch
     from ouro_server.run_folder import run_folder, serves
     from ouro_server.stopping import stoppable
 
-    with stoppable(), run_folder() as folder:
+    with stoppable(), run_folder(one_host=not needs_ray(args)) as folder:
         try:
             launch.run(args)
         except Exception as error:

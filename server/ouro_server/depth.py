@@ -141,6 +141,7 @@ def _read(
         book=served.book,
         defaults=served.defaults,
         loops=served.loops,
+        effort_field=".".join(endpoint.effort),
     )
 
 

@@ -16,6 +16,7 @@ from ouro_server.vllm_api import (
     MsgpackDecoder,
     MsgpackEncoder,
     VLLMError,
+    VLLMNotFoundError,
     VLLMValidationError,
 )
 
@@ -106,12 +107,25 @@ def open_door(engine_client: Any, tasks: Any) -> Door:
         door.check(prompt, sampling_params, *args, **kwargs)
         progress_of_request().admitted = True
         results = generate(prompt, sampling_params, *args, **kwargs)
+        if kwargs.get("lora_request") is not None:
+            results = adapted(results)
         if sampling_params.structured_outputs is None:
             return results
         return _constrained(results, _grammar_field(sampling_params))
 
     engine_client.generate = checked
     return door
+
+
+async def adapted(results: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+    """`results` of a request for an adapter, which may turn out not to be there any more: a 404,
+    as when it is loaded. The engine says why where it would say what a request stopped at."""
+    async with aclosing(results):
+        async for result in results:
+            for output in result.outputs:
+                if output.finish_reason == "error" and output.stop_reason is not None:
+                    raise VLLMNotFoundError(str(output.stop_reason))
+            yield result
 
 
 async def _constrained(

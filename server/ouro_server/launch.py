@@ -12,7 +12,9 @@ import psutil
 import yaml
 
 from ouro_runtime.config import GATE, LOSSLESS, RULE
-from ouro_server import checkpoint, settings
+from ouro_runtime.engine.config_hook import NO_RAY, UnsupportedError, needs_ray
+from ouro_runtime.model.checkpoint import CheckpointError
+from ouro_server import beside, checkpoint, settings
 from ouro_server.cli import plain
 from ouro_server.presets import PresetBook
 from ouro_server.vllm_api import (
@@ -166,8 +168,38 @@ def check_paths(args: argparse.Namespace) -> None:
         raise checkpoint.RefusedError(
             f"--shutdown-timeout must be 0 or more seconds, got {args.shutdown_timeout}"
         )
+    if current_platform.is_cpu() and needs_ray(args):
+        # vLLM would ask for Ray to be installed first.
+        raise checkpoint.RefusedError(str(UnsupportedError(NO_RAY)))
     if args.uds and not Path(args.uds).absolute().parent.is_dir():
         raise checkpoint.RefusedError(f"--uds: {args.uds} is in no folder that exists")
+
+
+def check_named_files(args: argparse.Namespace) -> None:
+    """Refuse a chat template or default sampling parameters that the options name, if they are
+    wrong: vLLM would tell every client.
+
+    Raises:
+        RefusedError: naming the option.
+    """
+    template, tokenizer, defaults = args.chat_template, args.tokenizer, args.generation_config
+    option = "--chat-template"
+    try:
+        if template:
+            named = os.path.isfile(template)
+            beside.check_template(option, Path(template).read_text() if named else template)
+        option = f"--tokenizer: {tokenizer}"
+        if tokenizer and os.path.isdir(tokenizer):
+            for name, text in beside.chat_templates(Path(tokenizer)):
+                beside.check_template(name, text)
+        option = f"--generation-config: {defaults}"
+        if os.path.isdir(defaults):
+            beside.check_generation(Path(defaults), None)
+    except (CheckpointError, OSError, UnicodeError) as error:
+        said = str(error)
+        raise checkpoint.RefusedError(
+            said if said.startswith(option) else f"{option}: {said}"
+        ) from None
 
 
 def check_targets(args: argparse.Namespace, book: PresetBook, depth: Mapping[str, Any]) -> None:

@@ -32,7 +32,7 @@ from ouro_server.metrics import ServerMetrics
 from ouro_server.playground import attach_playground
 from ouro_server.presets import SHIPPED, PresetBook
 from ouro_server.ready import announce, until_serving
-from ouro_server.routes import build_router, drop_elastic, guard_adapters, guard_others
+from ouro_server.routes import ask_for_key, build_router, drop_elastic, guard_others
 from ouro_server.served import ServedDepth
 from ouro_server.serving import (
     DepthServingBatch,
@@ -78,9 +78,9 @@ class DepthEndpoints:
         app.include_router(build_depth_router())
         app.include_router(build_readiness_router(app.state.drain))
         guard_others(app)
-        guard_adapters()
         drop_elastic(app)
         attach_playground(app)
+        ask_for_key(app)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Put depth on the handlers vLLM built, if the served model has loops."""

@@ -51,6 +51,7 @@ def resolve(
     book: PresetBook,
     defaults: Defaults,
     loops: int,
+    effort_field: str = EFFORT,
 ) -> Resolved:
     """The depth of one request.
 
@@ -58,13 +59,15 @@ def resolve(
         found: the controls of the body that are set, `depth_preset` and `priority_class` among
             them, unchecked.
         alias: the preset in the model's name (NAME@PRESET), if that is how it was asked for.
-        effort: the request's `reasoning_effort`.
+        effort: the request's `reasoning_effort`. effort_field: what its endpoint calls it.
 
     Raises:
         DepthError: for a value that is not allowed, and for two statements that contradict.
     """
     priority_class = _priority_class(found.get(PRIORITY), book)
     explicit = {k: v for k, v in found.items() if k in DEPTH_FIELDS or k == FORCED}
+    if effort is not None and book.efforts:
+        _check_name(effort_field, effort, book.efforts)
     source, preset = _intent(found.get(PRESET), alias, effort, book)
     if preset is None:
         base = defaults.base if explicit else defaults.for_class(priority_class)
@@ -86,16 +89,13 @@ def _priority_class(name: Any, book: PresetBook) -> str | None:
 def _intent(
     preset: Any, alias: str | None, effort: str | None, book: PresetBook
 ) -> tuple[str, str | None]:
-    """(source, preset) of what a request says beside explicit fields."""
+    """(source, preset) of what a request says beside explicit fields; the effort is a known one."""
     if preset is not None:
         _check_name(PRESET, preset, book.presets)
         if alias is not None and alias != preset:
             raise DepthError(
                 PRESET, f"{PRESET} is {preset!r} but the model's name asks for {alias!r}; set one"
             )
-    if effort is not None and book.efforts:
-        _check_name(EFFORT, effort, book.efforts)
-    if preset is not None:
         return "preset", preset
     if effort is not None and book.efforts:
         return "reasoning_effort", book.efforts[effort]

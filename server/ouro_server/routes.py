@@ -8,7 +8,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from pydantic import ValidationError
 from starlette.responses import Response
 
 from ouro_server import depth
@@ -62,10 +64,27 @@ READING_ENDPOINTS = (
 """vLLM's endpoints that take a body to which depth means nothing."""
 
 ADAPTERS = "/adapters"
-"""Where SageMaker loads and unloads adapters."""
+"""Where SageMaker loads and unloads adapters; its routes come after ours."""
+
+OPEN = (
+    "/detokenize",
+    "/docs",
+    "/health",
+    "/load",
+    "/metrics",
+    "/openapi.json",
+    "/ping",
+    "/playground",
+    "/ready",
+    "/redoc",
+    "/static",
+    "/tokenize",
+    "/version",
+)
+"""How the paths begin that need no key: they neither generate nor change anything."""
 
 ELASTIC_ENDPOINTS = ("/is_scaling_elastic_ep", "/scale_elastic_ep")
-"""vLLM's endpoints that add engines for experts, which no looped model has; no key guards them."""
+"""vLLM's endpoints that add engines for experts, which no looped model has."""
 
 CHECKS = [Depends(reads_requests), Depends(validate_json_request), Depends(check_body)]
 """What every endpoint that reads a client's body begins with."""
@@ -97,6 +116,20 @@ async def refuse_depth(raw_request: Request) -> None:
         return
     if isinstance(body, dict):
         depth.refuse_everything(body, served_by(raw_request))
+
+
+async def check_invocation(raw_request: Request) -> None:
+    """400 that names the field, for a chat or completion that is wrong. vLLM would take the chat
+    for a completion without a prompt."""
+    body = await raw_request.json()
+    if not isinstance(body, dict):
+        return
+    chat = body.get("messages") is not None
+    try:
+        (DepthChatRequest if chat else DepthCompletionRequest).model_validate(body)
+    except ValidationError as error:
+        told = [{**one, "loc": ("body", *one["loc"])} for one in error.errors(include_url=False)]
+        raise RequestValidationError(told, body=body) from None
 
 
 def _responses(model: Any) -> dict[int | str, dict[str, Any]]:
@@ -147,7 +180,8 @@ def guard_others(app: FastAPI) -> None:
     """Check the bodies of vLLM's other endpoints; those that run one refuse depth fields, but for
     the one whose bodies are those of chats and completions."""
     checks = dict.fromkeys(READING_ENDPOINTS, CHECKS)
-    checks[INVOCATIONS] = [*CHECKS, Depends(resolving(depth.COMPLETIONS))]
+    reads = (resolving(depth.COMPLETIONS), check_invocation)
+    checks[INVOCATIONS] = [*CHECKS, *map(Depends, reads)]
     checks |= {path: [*CHECKS, Depends(refuse_depth)] for path in OTHER_ENDPOINTS}
     for route in list(app.routes):
         if isinstance(route, APIRoute) and route.path in checks:
@@ -163,12 +197,17 @@ def guard_others(app: FastAPI) -> None:
             )
 
 
-def guard_adapters() -> None:
-    """Ask for the key at SageMaker's names (`/adapters`) of what vLLM guards as
-    `/v1/load_lora_adapter`: it reads files of the server."""
-    guarded = authenticate.GUARDED_PREFIX
-    if ADAPTERS not in guarded:
-        authenticate.GUARDED_PREFIX = (*guarded, ADAPTERS)
+def ask_for_key(app: FastAPI) -> None:
+    """Ask for the key at every route but the `OPEN` ones, whatever vLLM adds: `/invocations`
+    generates as `/v1/chat/completions` does, and vLLM asks only at paths that begin like that."""
+    guarded = dict.fromkeys((*authenticate.GUARDED_PREFIX, ADAPTERS))
+    for route in app.routes:
+        path = getattr(route, "path", "")
+        fixed = path.partition("{")[0]
+        known = any(path == one or path.startswith(f"{one}/") for one in OPEN)
+        if not known and fixed.strip("/"):
+            guarded[fixed] = None
+    authenticate.GUARDED_PREFIX = tuple(guarded)
 
 
 def drop_elastic(app: FastAPI) -> None:

@@ -23,16 +23,21 @@ _SOCKET_PATH = 107
 
 
 @contextmanager
-def run_folder() -> Iterator[Path]:
+def run_folder(one_host: bool = True) -> Iterator[Path]:
     """The folder, named to this process and those it starts, by `OURO_RUN_FOLDER` and vLLM's own
-    variable for sockets (a user's choice of which stands)."""
+    variable for sockets (a user's choice of which stands).
+
+    Args:
+        one_host: whether all processes are on this one; Ray gives vLLM's variables to processes on
+            others, where this folder is not.
+    """
     base = Path(tempfile.gettempdir())
     if len(os.fsencode(base)) + _NAMES > _SOCKET_PATH:
         base = Path("/tmp")
     sweep(base)
     folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base))
     added = {FOLDER: str(folder)}
-    if "VLLM_RPC_BASE_PATH" not in os.environ:
+    if one_host and "VLLM_RPC_BASE_PATH" not in os.environ:
         added["VLLM_RPC_BASE_PATH"] = str(folder)
     os.environ.update(added)
     try:

@@ -50,7 +50,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse, UsageInfo
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.middleware import authenticate
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup, validate_json_request
-from vllm.exceptions import VLLMError, VLLMValidationError
+from vllm.exceptions import VLLMError, VLLMNotFoundError, VLLMValidationError
 from vllm.logger import configure_logging_from_args
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -98,6 +98,7 @@ __all__ = [
     "ServeSubcommand",
     "UsageInfo",
     "VLLMError",
+    "VLLMNotFoundError",
     "VLLMValidationError",
     "api_server",
     "authenticate",

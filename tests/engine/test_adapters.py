@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -238,3 +239,72 @@ def test_one_loaded_anew_under_its_name_runs_beside_the_old(
         answers |= {a.request_id: Output.of(a.outputs[0]) for a in running.step()}
     for name in names:
         agree(name, answers[name], merged[name][1][0], 1)
+
+
+def test_one_whose_files_are_gone_ends_its_requests_and_nothing_else(
+    serving: LLM,
+    adapters: dict[str, str],
+    merged: dict[str, list[list[Output]]],
+    tmp_path: Any,
+) -> None:
+    """It gave its place to others. In the same batch others answer; when the files are back it does
+    too, and the prefix cache has nothing of what the failed request computed without it."""
+    folder, prompt = tmp_path / "a", prompts()[4]
+    shutil.copytree(adapters["all"], folder)
+    gone = LoRARequest("gone", 70, str(folder))
+
+    def ask_for(*requests: LoRARequest | None) -> list[Any]:
+        asked = [{"prompt_token_ids": prompt}] * len(requests)
+        params = greedy(TOKENS, DEPTHS[1])
+        answers = serving.generate(asked, params, lora_request=list(requests), use_tqdm=False)
+        return [answer.outputs[0] for answer in answers]
+
+    others = [LoRARequest(f"other {n}", 71 + n, adapters["attention"]) for n in range(2)]
+    assert ask_for(gone)[0].finish_reason == "length"
+    ask_for(*others)
+    folder.rename(tmp_path / "b")
+    assert serving.reset_prefix_cache()
+    failed, *answers = ask_for(gone, others[1], None, gone)
+    for output in (failed, answers.pop()):
+        assert (output.finish_reason, list(output.token_ids)) == ("error", [])
+        assert output.stop_reason.startswith("LoRA adapter 'gone' cannot be loaded: ")
+        assert str(folder) in output.stop_reason
+    for output, name in zip(answers, ("attention", "base"), strict=True):
+        agree(name, Output.of(output), merged[name][1][4], 1)
+    assert_idle(serving)
+    (tmp_path / "b").rename(folder)
+    for _ in range(2):
+        agree("all", Output.of(ask_for(gone)[0]), merged["all"][1][4], 1)
+
+
+def test_an_id_of_its_own_has_a_prefix_cache_of_its_own(
+    serving: LLM,
+    adapters: dict[str, str],
+    merged: dict[str, list[list[Output]]],
+    tmp_path: Any,
+) -> None:
+    """Name and folder are those of another, whose files were other ones."""
+    for number, name in enumerate(("all", "attention")):
+        shutil.rmtree(tmp_path / "a", ignore_errors=True)
+        shutil.copytree(adapters[name], tmp_path / "a")
+        request = LoRARequest("changing", 80 + number, str(tmp_path / "a"))
+        for cached in (0, 64):
+            (answer,) = serving.generate(
+                {"prompt_token_ids": prompts()[4]},
+                greedy(TOKENS, DEPTHS[1]),
+                lora_request=request,
+                use_tqdm=False,
+            )
+            assert answer.num_cached_tokens == cached
+            agree(name, Output.of(answer.outputs[0]), merged[name][1][4], 1)
+
+
+def test_a_gate_that_is_only_spoken_of_is_refused(serving: LLM, tmp_path: Any) -> None:
+    """Its requests would leave where the model's says."""
+    wrong = write_adapter(tmp_path / "a", CHECKPOINT, seed=3)
+    config = tmp_path / "a" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"modules_to_save": [GATE]}))
+    said = r"modules_to_save\), but there is no model.early_exit_gate.weight in it"
+    with pytest.raises(Exception, match=said):
+        serving.llm_engine.add_lora(LoRARequest("wrong", 54, wrong))
+    assert 54 not in serving.llm_engine.list_loras()

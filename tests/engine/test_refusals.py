@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 from vllm import LLM, EngineArgs, SamplingParams
+from vllm.platforms import current_platform
+from vllm.sampling_params import BeamSearchParams
 
 from ouro_runtime.config import DepthError
+from ouro_runtime.engine.config_hook import UnsupportedError, refuse
 from ouro_runtime.plugin import register
 from tests.engine.cases import CHECKPOINTS, golden_cases
 from tests.engine.compare import assert_case
@@ -42,6 +45,16 @@ def settings(**options: Any) -> EngineArgs:
 def test_an_unsupported_feature_is_refused_with_the_reason(feature: str) -> None:
     with pytest.raises(ValueError, match=f"Ouro Serve does not support {feature}: .{{20,}}"):
         settings(**UNSUPPORTED[feature]).create_engine_config()
+
+
+@pytest.mark.parametrize("option", ["distributed_executor_backend", "data_parallel_backend"])
+def test_ray_is_refused_on_cpu_where_vllm_has_no_device_for_it(option: str) -> None:
+    """Set afterwards: without Ray installed vLLM's configuration asks for it before it asks us."""
+    assert current_platform.ray_device_key == "", "vLLM's CPU platform knows Ray: try it"
+    config = settings().create_engine_config()
+    setattr(config.parallel_config, option, "ray")
+    with pytest.raises(UnsupportedError, match=r"does not support Ray on CPU: .*no device"):
+        refuse(config)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +115,28 @@ def test_bad_depth_controls_are_refused_and_leave_nothing(
     assert caught.value.param == named
     assert named in str(caught.value)
     assert_idle(llm)
+
+
+def test_a_priority_that_nobody_asks_for_is_refused(llm: LLM) -> None:
+    """vLLM says so of its field, and takes it."""
+    for priority in ([3], [-1]):
+        with pytest.raises(DepthError, match="--scheduling-policy priority") as caught:
+            llm.generate([{"prompt_token_ids": [5]}], greedy(1), priority=priority, use_tqdm=False)
+        assert caught.value.param == "priority"
+    assert_idle(llm)
+    llm.generate([{"prompt_token_ids": [5]}], greedy(1), priority=[0], use_tqdm=False)
+
+
+def test_a_watermark_that_nobody_makes_is_refused(llm: LLM) -> None:
+    """vLLM would warn in the log; in a beam search, whose tokens are requests of their own, too."""
+    with pytest.raises(DepthError, match="watermarking is not supported") as caught:
+        generate_one(llm, [5], greedy(1, watermarking=True))
+    assert caught.value.param == "watermarking"
+    beams = BeamSearchParams(beam_width=2, max_tokens=1, watermarking=True)
+    with pytest.raises(DepthError, match="watermarking is not supported"):
+        llm.beam_search([{"prompt_token_ids": [5]}], beams)
+    assert_idle(llm)
+    generate_one(llm, [5], greedy(1, watermarking=False))
 
 
 def test_the_servers_defaults_hold_where_a_request_says_nothing(llm: LLM) -> None:

@@ -88,6 +88,17 @@ def test_a_step_without_adapters_adds_nothing() -> None:
     assert torch.equal(y, torch.ones(2, sum(WIDTHS)))
 
 
+def test_the_rows_of_a_lost_adapter_go_through_none() -> None:
+    rows = RowAdapters(torch.device("cpu"))
+    rows.lost = {9: "its files are gone"}
+    rows.update_metadata(LoRAMapping((9, 0), (9, 0)), [None, None], SLOTS + 1, 100)
+    y = torch.ones(2, sum(WIDTHS))
+    rows.add_lora_linear(y, torch.ones(2, IN), (), (), 1.0, ())
+    assert torch.equal(y, torch.ones(2, sum(WIDTHS)))
+    with pytest.raises(KeyError):
+        rows.place(np.array([8], np.int64))
+
+
 def test_the_gate_of_a_row_is_its_adapters() -> None:
     """Adapter 7 has a gate of its own, 5 has not, 0 is none."""
     generator = torch.Generator().manual_seed(2)

@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from vllm.entrypoints.generate.api_router import register_generate_api_routers
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.entrypoints.serve.sagemaker.api_router import attach_router as attach_sagemaker
 from vllm.plugins import endpoint_plugins
 
 from ouro_server.plugin import HANDLERS, DepthEndpoints
@@ -46,6 +47,7 @@ def build(depth: ServedDepth | None, monkeypatch: pytest.MonkeyPatch) -> tuple[F
     """vLLM's app with our plugin attached the way vLLM attaches it."""
     app, seen = FastAPI(), Seen()
     app.state.args = SimpleNamespace(log_error_stack=False)
+    attach_sagemaker(app, ("generate",))
     register_generate_api_routers(app)
     monkeypatch.setattr("vllm.plugins.load_endpoint_plugins", lambda _: [DepthEndpoints()])
     endpoint_plugins.interface.attach_endpoint_plugins(app, ("generate",))

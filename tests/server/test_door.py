@@ -13,17 +13,19 @@ from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.input_processor import InputProcessor
 
 from ouro_server import checkpoint, honest_status
-from ouro_server.door import open_door
+from ouro_server.door import adapted, open_door
 from ouro_server.honest_status import Progress
-from ouro_server.vllm_api import EngineDeadError, VLLMValidationError
-from tests.server.fakes import output, result
+from ouro_server.vllm_api import EngineDeadError, VLLMNotFoundError, VLLMValidationError
+from tests.server.fakes import output, replay, result
 
 PROMPT = {"type": "token", "prompt_token_ids": [5, 6, 7]}
 
 
 @pytest.fixture(scope="module")
 def processor() -> Iterator[InputProcessor]:
-    config = AsyncEngineArgs(str(checkpoint.shipped()), max_model_len=64).create_engine_config()
+    config = AsyncEngineArgs(
+        str(checkpoint.shipped()), max_model_len=64, scheduling_policy="priority"
+    ).create_engine_config()
     renderer = renderer_from_config(config)
     yield InputProcessor(config, renderer)
     renderer.shutdown()
@@ -101,6 +103,18 @@ def test_a_dead_engine_is_asked_nothing(processor: Any) -> None:
     with pytest.raises(EngineDeadError):
         client.ask()
     assert not client.handed
+
+
+def test_an_adapter_that_the_engine_could_not_load_is_not_found() -> None:
+    why = "LoRA adapter 'a' cannot be loaded: no such file"
+    lost = result(output([], finish="error", stop_reason=why))
+
+    async def collect() -> None:
+        async for _ in adapted(replay([result(output([4])), lost])):
+            pass
+
+    with pytest.raises(VLLMNotFoundError, match=why):
+        asyncio.run(collect())
 
 
 @pytest.mark.parametrize("before", [0, 2])

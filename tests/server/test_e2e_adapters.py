@@ -142,6 +142,31 @@ def test_an_adapter_may_bring_a_gate_of_its_own(adapted: Live, folder: Path) -> 
     assert adapted.http.post("/v1/unload_lora_adapter", json=body).status_code == 200
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_whose_files_are_gone_is_not_found_and_the_others_answer(
+    adapted: Live, folder: Path, stream: bool
+) -> None:
+    """Another took its place; there are two."""
+    before, place = text(adapted, "first"), folder / "leaving"
+    shutil.copytree(folder / "second", place)
+    for name, files in (("leaving", place), ("second", folder / "second")):
+        assert load(adapted, name, files).status_code == 200
+    text(adapted, "first")
+    shutil.rmtree(place)
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/invocations"):
+        body = {"model": "leaving@fast", "stream": stream, **ASKING[path]}
+        answer = adapted.http.post(path, json=body)
+        assert answer.status_code == 404, (path, answer.text)
+        assert "LoRA adapter 'leaving' cannot be loaded: " in answer.json()["error"]["message"]
+    body = {"model": "leaving", "stream": stream, **ASKING["/v1/responses"]}
+    answer = adapted.http.post("/v1/responses", json=body)
+    assert "LoRA adapter 'leaving' cannot be loaded: " in answer.text
+    assert text(adapted, "first") == before
+    for name in ("leaving", "second"):
+        body = {"lora_name": name}
+        assert adapted.http.post("/v1/unload_lora_adapter", json=body).status_code == 200
+
+
 def test_adapters_that_cannot_be_loaded_are_refused(adapted: Live, folder: Path) -> None:
     assert load(adapted, "none", folder / "none").status_code == 404
     head = load(adapted, "head", folder / "head")

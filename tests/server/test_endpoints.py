@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
 from ouro_runtime.config import DEPTH_FIELDS
 from tests.server.app import BODIES, Seen, assert_refused, build, post
-from tests.server.fakes import serve
+from tests.server.fakes import BOOK, serve
 from tests.server.test_depth_fields import BAD
 
 REFUSING = {"/generative_scoring": {"model": "m"}}
@@ -120,6 +121,42 @@ def test_the_effort_stands_where_its_api_has_it(served: tuple[TestClient, Seen],
     client, _ = served
     answer = post(client, path, BODIES[path] | {"reasoning_effort": "low"})
     assert_refused(answer, "reasoning_effort")
+
+
+@pytest.mark.parametrize(
+    ("path", "said", "name"),
+    [
+        ("/v1/messages", {"output_config": {"effort": "minimal"}}, "output_config.effort"),
+        ("/v1/responses", {"reasoning": {"effort": "minimal"}}, "reasoning.effort"),
+        ("/v1/completions", {"reasoning_effort": "minimal"}, "reasoning_effort"),
+    ],
+)
+def test_an_effort_that_is_not_set_up_is_called_as_its_api_calls_it(
+    path: str, said: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    efforts = {"low": "fast"}
+    app, _ = build(serve(replace(BOOK, efforts=efforts)), monkeypatch)
+    assert_refused(post(TestClient(app), path, BODIES[path] | said), name)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("reasoning_effort", "enormous"), ("session_id", 3), ("max_tokens", "x"), ("n", [1])],
+)
+def test_an_invocation_names_the_field_that_is_wrong(
+    served: tuple[TestClient, Seen], path: str, field: str, value: Any
+) -> None:
+    """vLLM takes a chat that is wrong for a completion without a prompt."""
+    client, seen = served
+    answers = [post(client, to, BODIES[path] | {field: value}) for to in (path, "/invocations")]
+    for answer in answers:
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["param"].removeprefix("body.") == field
+    assert answers[0].json() == answers[1].json()
+    assert not seen.requests
+    for good in (BODIES[path], {k: v for k, v in BODIES[path].items() if k != "model"}):
+        assert post(client, "/invocations", good).status_code == 418
 
 
 @pytest.mark.parametrize("path", REFUSING)

@@ -20,7 +20,7 @@ import psutil
 import pydantic
 import pytest
 
-from ouro_server import checkpoint, cli, log_filter, run_folder, settings
+from ouro_server import beside, checkpoint, cli, log_filter, run_folder, settings
 from tests.server.live import environment, free_port, left_behind
 
 ARGS = Namespace(host="h", port=80, kv_cache_memory_bytes=1, middleware=["mid.Ware"])
@@ -190,6 +190,8 @@ def test_sockets_fit_whatever_the_temporary_folder(
             sock.bind(os.path.join(os.environ["VLLM_RPC_BASE_PATH"], "0" * 36))
         assert not folder.exists()
         assert run_folder.FOLDER not in os.environ
+        with run_folder.run_folder(one_host=False):
+            assert "VLLM_RPC_BASE_PATH" not in os.environ
 
 
 def test_folders_of_servers_that_are_no_more_are_swept(tmp_path: Path) -> None:
@@ -231,7 +233,7 @@ def test_the_logging_file_names_the_filter() -> None:
     assert config["handlers"]["out"]["filters"] == ["no_echo"]
 
 
-@pytest.mark.parametrize("name", checkpoint.BESIDE)
+@pytest.mark.parametrize("name", [beside.TOKENIZER, beside.TOKENIZER_CONFIG, beside.GENERATION])
 @pytest.mark.parametrize(("text", "said"), [("{", "is not JSON"), ("[]", "is not a JSON object")])
 def test_a_broken_file_of_the_tokenizer_is_named(
     name: str, text: str, said: str, tmp_path: Path
@@ -244,10 +246,114 @@ def test_a_broken_file_of_the_tokenizer_is_named(
 
 @pytest.mark.parametrize("content", [{}, {"model": {}}, {"added_tokens": 3}])
 def test_a_tokenizer_that_is_none_is_named(content: dict, tmp_path: Path) -> None:
-    (tmp_path / checkpoint.TOKENIZER).write_text(json.dumps(content))
+    (tmp_path / beside.TOKENIZER).write_text(json.dumps(content))
     with pytest.raises(checkpoint.RefusedError, match=r"tokenizer\.json is no tokenizer"):
         checkpoint.check_files(str(tmp_path), weights=False)
     checkpoint.check_files(str(checkpoint.shipped()))
+
+
+def with_template(template: object) -> dict[str, str]:
+    """The file of a tokenizer whose chat template it is."""
+    return {"tokenizer_config.json": json.dumps({"chat_template": template})}
+
+
+GOOD_TEMPLATE = (
+    "{% for m in messages %}{% generation %}{{ m | tojson }}{% endgeneration %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (with_template("{% for m in messages %}"), "tokenizer_config.json: chat_template is no Ji"),
+        (with_template("{{ m | no_such }}"), "No filter named 'no_such'"),
+        (with_template(3), "tokenizer_config.json: chat_template must be a text"),
+        (with_template([{"name": "default"}]), "tokenizer_config.json: chat_template must be a te"),
+        (with_template([{"name": "tool_use", "template": "{{"}]), "chat_template is no Jinja"),
+        ({"chat_template.jinja": "\n{% if %}"}, r"chat_template.jinja: .* is no Jinja \(.*line 2"),
+        ({"additional_chat_templates/rag.jinja": "{{"}, "additional_chat_templates/rag.jinja: "),
+    ],
+)
+def test_a_broken_chat_template_is_named(files: dict[str, str], said: str, tmp_path: Path) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(checkpoint.RefusedError, match=said):
+        checkpoint.check_files(str(tmp_path), weights=False)
+
+
+@pytest.mark.parametrize("template", [GOOD_TEMPLATE, [{"name": "default", "template": "x"}]])
+def test_a_chat_template_that_compiles_passes(template: object, tmp_path: Path) -> None:
+    for name, text in with_template(template).items():
+        (tmp_path / name).write_text(text)
+    checkpoint.check_files(str(tmp_path), weights=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("temperature", "hot", "a number of 0 or more, or null, got 'hot'"),
+        ("temperature", -1, "a number of 0 or more"),
+        ("temperature", True, "a number of 0 or more"),
+        ("top_p", 0, "a number above 0, up to 1"),
+        ("top_k", 2.5, "an integer of -1 or more"),
+        ("min_p", [0.1], "a number from 0 to 1"),
+        ("repetition_penalty", 0, "a number above 0"),
+        ("presence_penalty", 3, "a number from -2 to 2"),
+        ("max_new_tokens", 0, "an integer of 1 or more"),
+        ("eos_token_id", "</s>", "a token id under 9 or a list of them"),
+        ("eos_token_id", [2, 9], "a token id under 9 or a list of them"),
+    ],
+)
+def test_a_wrong_default_of_sampling_is_named(
+    name: str, value: object, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"vocab_size": 9}')
+    file = tmp_path / beside.GENERATION
+    for good in (None, 1, 1 if name != "eos_token_id" else [0, 8]):
+        file.write_text(json.dumps({name: good, "do_sample": True}))
+        checkpoint.check_files(str(tmp_path), weights=False)
+    file.write_text(json.dumps({name: value}))
+    with pytest.raises(
+        checkpoint.RefusedError, match=f"generation_config.json: {name} must be {said}"
+    ):
+        checkpoint.check_files(str(tmp_path), weights=False)
+
+
+def test_an_end_of_answers_that_is_no_token_of_the_model_is_named(tmp_path: Path) -> None:
+    """In `config.json`, where there is no `generation_config.json`."""
+    (tmp_path / "config.json").write_text('{"vocab_size": 9, "eos_token_id": 9}')
+    with pytest.raises(
+        checkpoint.RefusedError, match=r"config\.json: eos_token_id must be a token"
+    ):
+        checkpoint.check_files(str(tmp_path), weights=False)
+
+
+def test_wrong_files_that_options_name_are_refused(tmp_path: Path) -> None:
+    from ouro_server import launch
+
+    (tmp_path / "t.jinja").write_text("{% if %}")
+    (tmp_path / "chat_template.jinja").write_text("{% if %}")
+    (tmp_path / beside.GENERATION).write_text('{"top_p": 7}')
+    none = {"chat_template": None, "tokenizer": None, "generation_config": "auto"}
+    launch.check_named_files(Namespace(**none | {"chat_template": GOOD_TEMPLATE * 100}))
+    for wrong, said in (
+        (
+            {"chat_template": str(tmp_path / "t.jinja")},
+            "^--chat-template: chat_template is no Jinja",
+        ),
+        ({"chat_template": "{{ x | nope }}"}, "^--chat-template: chat_template is no Jinja"),
+        (
+            {"tokenizer": str(tmp_path)},
+            "^--tokenizer: .*: chat_template.jinja: chat_template is no",
+        ),
+        (
+            {"generation_config": str(tmp_path)},
+            "^--generation-config: .*: generation_config.json: top",
+        ),
+    ):
+        with pytest.raises(checkpoint.RefusedError, match=said):
+            launch.check_named_files(Namespace(**none | wrong))
 
 
 def test_paths_that_the_server_would_miss_late_are_refused(tmp_path: Path) -> None:
@@ -257,6 +363,7 @@ def test_paths_that_the_server_would_miss_late_are_refused(tmp_path: Path) -> No
     here.touch()
     none: dict = dict.fromkeys(("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "uds"))
     none |= {"tokenizer": None, "generation_config": "auto", "port": 80, "shutdown_timeout": 0}
+    none |= {"distributed_executor_backend": None, "data_parallel_backend": "mp"}
     launch.check_paths(Namespace(**none))
     key = {"ssl_keyfile": str(here), "ssl_certfile": str(here)}
     launch.check_paths(Namespace(**none | key | {"uds": str(here)}))
@@ -268,6 +375,8 @@ def test_paths_that_the_server_would_miss_late_are_refused(tmp_path: Path) -> No
         ({"port": 65536}, "--port"),
         ({"shutdown_timeout": -1}, "--shutdown-timeout must be 0 or more seconds, got -1"),
         (key | {"ssl_certfile": None}, "--ssl-cert"),
+        ({"distributed_executor_backend": "ray"}, "Ouro Serve does not support Ray on CPU: .{20,}"),
+        ({"data_parallel_backend": "ray"}, "Ouro Serve does not support Ray on CPU: .{20,}"),
     ):
         with pytest.raises(checkpoint.RefusedError, match=said):
             launch.check_paths(Namespace(**none | wrong))

@@ -28,15 +28,18 @@ class RowAdapters(PunicaWrapperCPU):
 
     Attributes:
         gated: adapters by id; `gate` of each, weight [1, H] and bias [1], may be None.
+        lost: adapters, by id, that a step's rows should go through and cannot; see `gates.py`.
     """
 
     gated: Mapping[int, Any]
+    lost: Mapping[int, str]
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(max_num_batched_tokens=1, max_batches=1, device=device)
         self._slot_of: dict[int, int] = {}
         self._groups: list[tuple[int, int, torch.Tensor]] = []
         self.gated = {}
+        self.lost = {}
 
     def update_metadata(
         self, mapping: Any, lora_index_to_id: Sequence[int | None], *_: Any, **__: Any
@@ -48,11 +51,12 @@ class RowAdapters(PunicaWrapperCPU):
         self.place(np.array(mapping.index_mapping, np.int64))
 
     def place(self, adapters: np.ndarray) -> None:
-        """The next rows are those of adapters [N] int64, by vLLM's ids; 0 is none."""
+        """The next rows are those of adapters [N] int64, by vLLM's ids; 0 is none, and so is what
+        is lost."""
         self._groups = [
             (adapter, self._slot_of[adapter], torch.from_numpy(np.nonzero(adapters == adapter)[0]))
             for adapter in np.unique(adapters).tolist()
-            if adapter > 0
+            if adapter > 0 and adapter not in self.lost
         ]
 
     def add_lora_linear(

@@ -3,12 +3,14 @@
 To vLLM the gate is no layer that takes LoRA, and `modules_to_save` is for classifiers. So the model
 names it as something that vLLM's loader skips (`lora_skip_prefixes`), and it is read here.
 
-What does not fit the model is refused here too, before anything of it is in place; and an adapter
-that was loaded anew under its name is not loaded anew by every step.
+What does not fit the model is refused here too, before anything of it is in place; an adapter that
+was loaded anew under its name is not loaded anew by every step; and one whose files are gone when a
+step needs them is told of, instead of ending the engine.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 from unittest import mock
@@ -16,12 +18,15 @@ from weakref import WeakValueDictionary
 
 import torch
 from msgspec import structs
+from torch import distributed
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.lora import worker_manager
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.utils import is_in_target_modules
 
+from ouro_runtime.engine.core_process import reason
 from ouro_runtime.engine.pin import check_parameters
 from ouro_runtime.model.adapter import check_layers, check_tensor
 from ouro_runtime.model.checkpoint import Shape, Sizes
@@ -32,6 +37,10 @@ check_parameters(PEFTHelper.get_rank_and_scaling, "module_name")
 check_parameters(worker_manager.WorkerLoRAManager.__init__, "lora_model_cls")
 check_parameters(worker_manager.LRUCacheWorkerLoRAManager._load_adapter, "lora_request")
 check_parameters(worker_manager.LRUCacheWorkerLoRAManager._apply_adapters, "lora_requests")
+check_parameters(worker_manager.LRUCacheWorkerLoRAManager.add_adapter, "lora_request")
+check_parameters(worker_manager.LRUCacheWorkerLoRAManager.remove_adapter, "adapter_id")
+
+logger = logging.getLogger(__name__)
 
 NAME = "early_exit_gate"
 MODULE = f"model.{NAME}"
@@ -65,15 +74,24 @@ class GatedLoRA(LoRAModel):
         cls,
         lora_model_id: int,
         tensors: dict[str, torch.Tensor],
-        peft_helper: PEFTHelper,
+        peft_helper: GateHelper,
         **options: Any,
     ) -> GatedLoRA:
-        """As vLLM, which leaves out what it is told to skip."""
+        """As vLLM, which leaves out what it is told to skip.
+
+        Raises:
+            ValueError: where the configuration says that there is a gate and there is none.
+        """
         adapter = super().from_lora_tensors(lora_model_id, tensors, peft_helper, **options)
         for name, tensor in tensors.items():
             _, found, rest = name.partition(SKIPPED)
             if found:
                 adapter.held[rest.removeprefix("modules_to_save.")] = tensor
+        if peft_helper.brings_gate and "weight" not in adapter.held:
+            raise ValueError(
+                f"adapter_config.json says that the adapter holds {NAME} whole (modules_to_save), "
+                f"but there is no {SKIPPED}weight in it"
+            )
         adapter.scale = peft_helper.get_rank_and_scaling(MODULE)[1]
         if adapter.held and not adapter.loras:
             # vLLM takes no adapter without one; no layer has this name.
@@ -83,13 +101,20 @@ class GatedLoRA(LoRAModel):
 
 
 class GateHelper(PEFTHelper):
-    """An adapter's configuration as vLLM shall see it: without the gate."""
+    """An adapter's configuration as vLLM shall see it: without the gate.
+
+    Attributes:
+        brings_gate: it says that the adapter holds a whole one.
+    """
 
     modules_to_save: list[str] | None
+    brings_gate = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole = [name for name in self.modules_to_save or () if name.rpartition(".")[2] != NAME]
+        said = self.modules_to_save or []
+        whole = [name for name in said if name.rpartition(".")[2] != NAME]
+        self.brings_gate = whole != said
         self.modules_to_save = whole or None
 
 
@@ -98,11 +123,14 @@ class GateManager(worker_manager.LRUCacheWorkerLoRAManager):
 
     Attributes:
         gated: adapters that are loaded, by id; as long as vLLM keeps them.
+        lost: by id, why adapters of the running step could not be loaded. Their rows go through
+            none, and their requests end (`scheduler.py`).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, lora_model_cls=GatedLoRA, **kwargs)
         self.gated: WeakValueDictionary[int, GatedLoRA] = WeakValueDictionary()
+        self.lost: dict[int, str] = {}
 
     def _load_adapter(self, lora_request: Any) -> GatedLoRA:
         with mock.patch.object(worker_manager, "PEFTHelper", GateHelper):
@@ -117,9 +145,51 @@ class GateManager(worker_manager.LRUCacheWorkerLoRAManager):
         return adapter
 
     def _apply_adapters(self, lora_requests: Iterable[Any]) -> None:
-        """A step's adapters are in place; vLLM would read those that once replaced another from
-        their files again."""
-        super()._apply_adapters([structs.replace(r, load_inplace=False) for r in lora_requests])
+        """A step's adapters are in place, or `lost`.
+
+        vLLM would read those that once replaced another from their files again; and one that gave
+        its place to others and cannot be read again would end the engine.
+        """
+        asked = [r for r in lora_requests if r.lora_int_id not in self.lost]
+        if not asked:
+            return
+        asked = [structs.replace(r, load_inplace=False) for r in asked]
+        held = self.list_adapters()
+        missing = [r for r in asked if r.lora_int_id not in held]
+        # First those that are here, so that none of them gives its place to another.
+        super()._apply_adapters([r for r in asked if r.lora_int_id in held])
+        lost = {}
+        for request in missing:
+            try:
+                self.add_adapter(request)
+            except Exception as error:  # whatever is wrong with its files
+                name = request.lora_name
+                lost[request.lora_int_id] = (
+                    f"LoRA adapter {name!r} cannot be loaded: {reason(error)}"
+                )
+        for adapter, why in of_all_ranks(lost, bool(missing)).items():
+            logger.error("%s; its requests end", why)
+            self.lost[adapter] = why
+            self.remove_adapter(adapter)
+        super()._apply_adapters([r for r in asked if r.lora_int_id not in self.lost])
+
+
+def of_all_ranks(lost: dict[int, str], loaded: bool) -> dict[int, str]:
+    """What any tensor-parallel rank has lost in this step, the same on all of them.
+
+    Args:
+        loaded: whether this rank had anything to load.
+    """
+    group = get_tp_group()
+    if group.world_size == 1:
+        return lost
+    any_loaded = torch.tensor([loaded], dtype=torch.int32)
+    distributed.all_reduce(any_loaded, distributed.ReduceOp.MAX, group=group.cpu_group)
+    if not any_loaded:
+        return lost
+    everyones: list[dict[int, str]] = [{}] * group.world_size
+    distributed.all_gather_object(everyones, lost, group=group.cpu_group)
+    return {adapter: why for ranks in everyones for adapter, why in ranks.items()}
 
 
 def changed(

@@ -77,7 +77,7 @@ class OuroCPUModelRunner(CPUModelRunner):
             mock.patch.object(base_linear, "_get_lora_device", return_value=device),
         ):
             loaded = super().load_lora_model(model, vllm_config, device)
-        adapters.gated = self.lora_manager.gated
+        adapters.gated, adapters.lost = self.lora_manager.gated, self.lora_manager.lost
         return loaded
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -123,6 +123,7 @@ class OuroCPUModelRunner(CPUModelRunner):
     def set_active_loras(self, input_batch: Any, *args: Any, **kwargs: Any) -> None:
         # To vLLM, requests for adapters of one name are equal, and it keeps one of them. But what
         # was loaded anew under a name is another adapter, beside one that still runs.
+        self.lora_manager.lost.clear()
         self.lora_manager._apply_adapters(input_batch.lora_id_to_lora_request.values())
         super().set_active_loras(input_batch, *args, **kwargs)
 
@@ -203,4 +204,6 @@ class OuroCPUModelRunner(CPUModelRunner):
         step, self._step = self._step, None
         if step is not None and output.sampled_token_ids:
             output.ouro = step.output(self.input_batch.req_ids, output.sampled_token_ids)
+            if self._adapters is not None:
+                output.ouro.lost = dict(self._adapters.lost)
         return output

@@ -9,7 +9,7 @@ drafts have in flight.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -44,6 +44,7 @@ class OuroScheduler(LoopSchedulerMixin, Scheduler):
         super().__init__(*args, **kwargs)
         assert not self.need_mamba_block_aligned_split, "another feature ends chunks early"
         self.need_mamba_block_aligned_split = True
+        assert isinstance(self.grammar_compile_error_reqs, set), "the list of failed requests"
         # T - 1 positions in flight, and T - 1 that a step starts.
         if self.loop_config.drafts:
             self.num_lookahead_tokens = 2 * (self.loop_config.loops - 1)
@@ -135,6 +136,7 @@ class OuroScheduler(LoopSchedulerMixin, Scheduler):
         self, scheduler_output: Any, model_runner_output: Any
     ) -> dict[int, EngineCoreOutputs]:
         step: StepOutput | None = getattr(model_runner_output, "ouro", None)
+        failed = self._fail(step.lost, model_runner_output) if step is not None else {}
         at_head = {}
         if step is not None:
             for req_id in scheduler_output.num_scheduled_tokens:
@@ -142,6 +144,9 @@ class OuroScheduler(LoopSchedulerMixin, Scheduler):
                 if request is not None and request.num_computed_tokens >= request.num_tokens:
                     at_head[req_id] = request
         result = super().update_from_output(scheduler_output, model_runner_output)
+        for outputs in result.values() if failed else ():
+            for output in outputs.outputs:
+                output.stop_reason = failed.get(output.request_id, output.stop_reason)
         scheduled = scheduler_output.num_scheduled_tokens
         if step is None:
             self._let_go(scheduled)
@@ -161,6 +166,27 @@ class OuroScheduler(LoopSchedulerMixin, Scheduler):
         self._let_go(scheduled)
         self._report_pages(result, step.report)
         return result
+
+    def _fail(self, lost: Mapping[int, str], output: Any) -> dict[str, str]:
+        """End the requests of a step whose adapters were lost, by id, with an error: why, by
+        request. What they brought is void, and so are the pages that it would be shared in."""
+        failed = {}
+        for index, req_id in enumerate(output.req_ids if lost else ()):
+            request = self.requests.get(req_id)
+            adapter = None if request is None else request.lora_request
+            if adapter is None or adapter.lora_int_id not in lost:
+                continue
+            failed[req_id] = lost[adapter.lora_int_id]
+            if output.sampled_token_ids:
+                output.sampled_token_ids[index] = []
+            output.prompt_logprobs_dict.pop(req_id, None)
+            output.prompt_token_id_logprobs_dict.pop(req_id, None)
+            held = self.kv_cache_manager.get_blocks(req_id).blocks
+            pages = {block.block_id for blocks in held for block in blocks}
+            self.kv_cache_manager.evict_blocks(pages)
+        # vLLM's list of what ends with an error after this step.
+        self.grammar_compile_error_reqs.update(failed)
+        return failed
 
     def _report_pages(self, result: dict[int, EngineCoreOutputs], report: StepReport) -> None:
         """Send what a step did, now and then with the pages held, and always when none are left."""
