@@ -102,10 +102,12 @@ def _due(depths, filled, slot, loop, limit, tables, row, block_size):  # pragma:
             depth = depths[slot[s], position]
             if 0 < depth <= loop[s]:
                 block = position // block_size
-                debts[owed, 0] = tables[depth - 1, row[s], block]
-                debts[owed, 1] = tables[loop[s], row[s], block]
-                debts[owed, 2] = position % block_size
-                owed += 1
+                held, filling = tables[depth - 1, row[s], block], tables[loop[s], row[s], block]
+                if held != filling:  # one page in a folded block
+                    debts[owed, 0] = held
+                    debts[owed, 1] = filling
+                    debts[owed, 2] = position % block_size
+                    owed += 1
         filled[slot[s], loop[s]] = max(done, limit[s])
     return debts[:owed]
 

@@ -62,6 +62,22 @@ def replayed(
     return first - start, depths[first - prompt + 1 : max(first, behind) - prompt + 1]
 
 
+def abreast(depths: Sequence[int], prompt: int, start: int) -> int:
+    """How many positions from `start` on, one of what was generated, may be computed again in one
+    pass in `shared`. There a position reads, already at loop 1, what those before it left at their
+    last loop: that is there in the same pass only of those that left at loop 1.
+
+    Args:
+        depths, prompt: as of `replayed`.
+    """
+    count = 1
+    for depth in depths[start - prompt + 1 :]:
+        if depth > 1:
+            break
+        count += 1
+    return count
+
+
 def forced_place(token: np.ndarray, length: np.ndarray | int) -> np.ndarray:
     """Where token number `token` finds its depth among `length` forced ones: they repeat."""
     return token % np.maximum(length, 1)

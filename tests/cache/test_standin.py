@@ -128,3 +128,25 @@ def test_a_layout_that_loses_elements_is_refused() -> None:
 
     with pytest.raises(RuntimeError, match="layout"):
         probe_layout(lossy, BLOCK, HEAD, torch.float32)
+
+
+def test_in_a_folded_block_deeper_loops_read_what_they_would_of_pages_of_their_own() -> None:
+    """The block's deepest position left at loop 2; debts are paid into that page alone."""
+    plain, folded = Book(natural, torch.float32), Book(natural, torch.float32)
+    for book in (plain, folded):
+        slot = book.stand_ins.open(prompt=BLOCK)
+        positions = np.arange(BLOCK, 2 * BLOCK)
+        book.stand_ins.owe(np.full(BLOCK, slot), positions, np.array([1, 2, 1, 1]))
+        book.settle([slot], [1], [BLOCK + 3])
+        if book is folded:
+            book.tables = book.tables.copy()
+            book.tables[2:, 0, 1] = book.tables[1, 0, 1]
+            freed = set(plain.tables[2:, 0, 1].tolist())
+        for loop in (1, 2, 3):
+            book.settle([slot], [loop], [2 * BLOCK])
+    for loop in range(LOOPS):
+        own, shared = (book.pages[:, book.tables[loop, 0, 1]] for book in (plain, folded))
+        assert torch.equal(own, shared), loop
+    before = Book(natural, torch.float32).pages
+    for page in freed:
+        assert torch.equal(folded.pages[:, page], before[:, page]), "somebody else's by now"

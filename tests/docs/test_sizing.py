@@ -73,3 +73,18 @@ def test_what_a_pool_holds_is_what_was_measured() -> None:
     for length in (1024, 4096):
         assert found["exact", length] == found["skip 1.0", length] == found["full", length]
     assert f"a pool of {measured['pages']:,} pages" in TEXT
+
+
+def test_what_folded_blocks_save_is_what_was_measured() -> None:
+    measured = json.loads((ROOT / "benchmarks/results/folding.json").read_text())["rows"]
+    rows = re.findall(r"^\| (0\.[35]) \| ([^|]*) \| ([^|]*) \| (.*) \|$", TEXT, re.MULTILINE)
+    assert len(rows) == len(measured) == 6
+    for (threshold, text, depth, cells), row in zip(rows, measured, strict=True):
+        assert (float(threshold), depth) == (row["threshold"], f"{row['depth']:.2f}")
+        assert text.startswith(row["text"])
+        for cell, found in zip(cells.split(" | "), row["blocks"].values(), strict=True):
+            if not found["saved"]:
+                assert cell.startswith("none")
+                continue
+            assert f"{100 * found['saved']:.1f} %" in cell
+            assert row["text"].endswith("are") or cell.startswith(f"{found['pages']:.2f}")

@@ -194,6 +194,8 @@ def assert_idle(llm: LLM) -> None:
     assert not scheduler._clean, f"clean prefixes of {list(scheduler._clean)} are left"
     assert not scheduler._deepest, f"loops of {list(scheduler._deepest)} are left"
     assert not scheduler._shared, f"modes of {list(scheduler._shared)} are left"
+    assert not scheduler._left_at, f"depths of {list(scheduler._left_at)} are left"
+    assert scheduler._folder.idle, "folded blocks are left"
     left = set(runner.loop_requests) - set(scheduler.finished_req_ids)
     assert not left, f"the worker still remembers {sorted(left)}"
 

@@ -125,7 +125,7 @@ def gate_fields(rng: random.Random) -> Options:
 
 def depth_fields(
     rng: random.Random,
-    modes: Sequence[str] = ("skip", "skip", "exact", "lossless"),
+    modes: Sequence[str] = ("skip", "skip", "exact", "lossless", "shared"),
     rules: Sequence[str] = tuple(THRESHOLDS),
 ) -> Options:
     """Depth controls of one of `modes`: forced, or by one of `rules`."""

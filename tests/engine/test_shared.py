@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 from vllm import LLM
@@ -71,13 +72,23 @@ def test_golden_cases_among_other_modes_preempted_and_cached(llm: LLM) -> None:
 
 
 def test_preempted_by_its_like_it_answers_as_alone(llm: LLM) -> None:
-    """What it had generated is computed again over its prompt's last loop, position by position."""
+    """What it had generated is computed again over its prompt's last loop, each position after
+    those before it; only those that left at loop 1 are there in the same pass."""
     preempted = count_preemptions(llm)
+    split, chunks = scheduler_of(llm)._mamba_block_aligned_split, []
+
+    def noting(request: Any, *args: Any) -> int:
+        count = split(request, *args)
+        if request.num_computed_tokens >= request.num_prompt_tokens:
+            chunks.append(count)
+        return count
+
     reference = Reference(CHECKPOINT)
     prompts = [random_tokens(seed, 10 + 7 * (seed % 5)) for seed in range(22)]
     depths = [SHARED | {"max_loops": 2 + seed % 3} for seed in range(22)]
-    outputs = generate(llm, prompts, [greedy(80, depth) for depth in depths])
-    assert len(set(preempted)) >= 3
+    with mock.patch.object(scheduler_of(llm), "_mamba_block_aligned_split", noting):
+        outputs = generate(llm, prompts, [greedy(80, depth) for depth in depths])
+    assert len(set(preempted)) >= 3 and max(chunks) > 1
     for prompt, depth, out in zip(prompts, depths, outputs, strict=True):
         wanted = reference.generate(
             prompt, 80, threshold=0.4, mode="shared", max_loops=depth["max_loops"]

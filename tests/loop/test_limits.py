@@ -5,6 +5,7 @@ import pytest
 
 from ouro_runtime.config import ExitParams
 from ouro_runtime.loop.limits import (
+    abreast,
     deepest_loop,
     depth_limits,
     last_readout,
@@ -65,3 +66,9 @@ def test_every_position_computed_again_stops_where_its_token_left() -> None:
             }
             offset, found = replayed(depths, prompt, start, end, known)
             assert {start + offset + i: depth for i, depth in enumerate(found)} == again
+
+
+def test_in_shared_only_what_reads_nothing_deeper_is_computed_again_abreast() -> None:
+    prompt, depths = 3, [4, 1, 1, 3, 1, 2, 1]
+    # Positions 3 to 8 left at 1, 1, 3, 1, 2, 1; 9 is the head.
+    assert [abreast(depths, prompt, start) for start in range(3, 10)] == [3, 2, 1, 2, 1, 2, 1]

@@ -96,8 +96,9 @@ def keep_book(manager: KVCacheManager, book: Book, loops: int) -> None:
 
     def cached_tokens(request: Request) -> int:
         """vLLM's takes the loop that has fewest of all, also where a request has none."""
-        pages = manager.get_blocks(request.request_id).blocks[: book.deepest(request.request_id)]
-        return min(max((p.block_hash_num_tokens or 0 for p in loop), default=0) for loop in pages)
+        name = request.request_id
+        blocks = (one.num_cached_block.get(name, 0) for one in managers[: book.deepest(name)])
+        return min(blocks) * managers[0].block_size
 
     manager.estimate_cached_tokens = cached_tokens  # type: ignore[method-assign]
     spare_calls(manager.coordinator, book)
@@ -160,11 +161,13 @@ def only_loops(coordinator: Any, deepest: int) -> Iterator[None]:
 
 
 def pages_held(manager: KVCacheManager) -> list[int]:
-    """Pages that requests hold, by loop."""
-    return [
-        len({p.block_id for pages in loop.req_to_blocks.values() for p in pages if not p.is_null})
-        for loop in manager.coordinator.single_type_managers
-    ]
+    """Pages that requests hold, by loop; one of a folded block is its own loop's."""
+    counts, seen = [], {manager.block_pool.null_block.block_id}
+    for loop in manager.coordinator.single_type_managers:
+        before = len(seen)
+        seen.update(page.block_id for pages in loop.req_to_blocks.values() for page in pages)
+        counts.append(len(seen) - before)
+    return counts
 
 
 def join_tables(tables: MultiGroupBlockTable) -> np.ndarray:

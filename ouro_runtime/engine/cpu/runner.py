@@ -26,6 +26,7 @@ from vllm.v1.outputs import SamplerOutput
 from vllm.v1.worker import lora_model_runner_mixin
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from ouro_runtime.cache.folding import fold_tables
 from ouro_runtime.cache.pages import LoopPages
 from ouro_runtime.cache.standin import StandIns
 from ouro_runtime.config import LoopConfig
@@ -137,6 +138,10 @@ class OuroCPUModelRunner(CPUModelRunner):
                 request.carried = []
                 request.draws.drop()
                 self._stand_ins.rewind(request.slot, max(request.prompt, hit))
+        for req_id, folds in getattr(scheduler_output, "ouro_folds", {}).items():
+            state, row = self.requests[req_id], self.input_batch.req_id_to_index.get(req_id)
+            rows = None if row is None else self._tables[:, row]
+            fold_tables(state.block_ids, rows, self.loop_requests[req_id].deepest, folds)
         self._scheduled = scheduler_output.num_scheduled_tokens
         self._drafts = getattr(scheduler_output, "ouro_drafts", False)
         return super().execute_model(scheduler_output, intermediate_tensors)

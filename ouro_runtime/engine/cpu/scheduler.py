@@ -1,9 +1,9 @@
 """Seam: vLLM's synchronous scheduler, for steps that yield from none to T tokens per request.
 
 After a step a request's `num_computed_tokens` moves by the tokens it yielded; what both schedulers
-of looped models do is in `scheduler_common.py`. A page is that of a loop (`pages.py`). Here it is
-also decided, step by step, whether lossless requests are drafted, and slots are reserved for what
-drafts have in flight.
+of looped models do is in `scheduler_common.py`. A page is that of a loop (`pages.py`), or
+of several (`folding.py`). Here it is also decided, step by step, whether lossless requests are
+drafted, and slots are reserved for what drafts have in flight.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
 from ouro_runtime.config import SHARED
+from ouro_runtime.engine.cpu.folding import PageFolder
 from ouro_runtime.engine.cpu.pages import keep_book, only_loops, pages_held
 from ouro_runtime.engine.pin import check_parameters
 from ouro_runtime.engine.requests import deepest_loop_of
 from ouro_runtime.engine.scheduler_common import LoopSchedulerMixin
 from ouro_runtime.engine.step_output import StepOutput
 from ouro_runtime.loop.drafts import DraftTrial
+from ouro_runtime.loop.limits import abreast
 from ouro_runtime.reports import StepReport
 
 COUNT_SECONDS = 1.0
@@ -56,7 +58,9 @@ class OuroScheduler(LoopSchedulerMixin, Scheduler):
         self._counted = 0.0
         self._deepest: dict[str, int] = {}
         self._shared: dict[str, bool] = {}
+        self._left_at: dict[str, list[int]] = {}
         keep_book(self.kv_cache_manager, self, self.loop_config.loops)
+        self._folder = PageFolder(coordinator.single_type_managers)
         self._publish = coordinator.cache_blocks
 
     def deepest(self, request_id: str) -> int:
@@ -67,7 +71,9 @@ class OuroScheduler(LoopSchedulerMixin, Scheduler):
             found = deepest_loop_of(request.sampling_params, params, loops)
             self._deepest[request_id] = found
             if params.exit_mode == SHARED:
-                self._shared[request_id] = False
+                self._shared[request_id], self._left_at[request_id] = False, []
+            elif params.exit_mode == "skip":
+                self._folder.open(request_id, request.num_prompt_tokens, found)
         return found
 
     def held(self, request_id: str, loop: int, num_tokens: int) -> int:
@@ -91,9 +97,11 @@ class OuroScheduler(LoopSchedulerMixin, Scheduler):
 
     def _free_request_blocks(self, request: Request) -> None:
         super()._free_request_blocks(request)
+        self._folder.free(request.request_id, request.is_finished())
         if request.is_finished():
             self._deepest.pop(request.request_id, None)
             self._shared.pop(request.request_id, None)
+            self._left_at.pop(request.request_id, None)
         elif request.request_id in self._shared:
             self._shared[request.request_id] = False
 
@@ -104,12 +112,15 @@ class OuroScheduler(LoopSchedulerMixin, Scheduler):
     ) -> int:
         """In place of vLLM's hook that ends a chunk early. In `shared` a position reads, at every
         loop, what those before it left at their last: a prompt is complete before what it brought
-        is computed again, and that one by one."""
+        is computed again, and of that a chunk ends with the first position that went deeper."""
         self.deepest(request.request_id)
         if request.request_id not in self._shared:
             return num_new_tokens
         start = request.num_computed_tokens + num_new_local_computed_tokens
-        return min(num_new_tokens, max(1, request.num_prompt_tokens - start))
+        prompt = request.num_prompt_tokens
+        if start < prompt:
+            return min(num_new_tokens, prompt - start)
+        return min(num_new_tokens, abreast(self._left_at[request.request_id], prompt, start))
 
     def _let_go(self, scheduled: Iterable[str]) -> None:
         """Of requests in `shared` whose prompt is complete, only loop T's pages stay."""
@@ -123,10 +134,20 @@ class OuroScheduler(LoopSchedulerMixin, Scheduler):
                 for manager in self.kv_cache_manager.coordinator.single_type_managers[:-1]:
                     manager.let_go(req_id)
 
+    # ---- `skip` -------------------------------------------------------------------------------
+
+    def _fold(self, scheduled: Iterable[str]) -> None:
+        """Of requests in `skip`, blocks that no position went deep in need no deeper pages."""
+        for req_id in scheduled:
+            request = self.requests.get(req_id)
+            if request is not None and request.status == RequestStatus.RUNNING:
+                self._folder.fold(req_id, request.num_computed_tokens, self.deepest(req_id))
+
     # ---- steps --------------------------------------------------------------------------------
 
     def _update_after_schedule(self, scheduler_output: Any) -> None:
         super()._update_after_schedule(scheduler_output)
+        scheduler_output.ouro_folds = self._folder.take()
         scheduler_output.ouro_drafts = self.loop_config.drafts and (
             self.draft_trial is None
             or self.draft_trial.decide(len(scheduler_output.num_scheduled_tokens))
@@ -150,6 +171,7 @@ class OuroScheduler(LoopSchedulerMixin, Scheduler):
         scheduled = scheduler_output.num_scheduled_tokens
         if step is None:
             self._let_go(scheduled)
+            self._fold(scheduled)
             if not self.requests:
                 self._report_pages(result, StepReport())
             return result
@@ -163,7 +185,11 @@ class OuroScheduler(LoopSchedulerMixin, Scheduler):
                 depths = step.depths(req_id)
                 request.num_computed_tokens += len(depths) - 1
                 self._advance_clean(request, depths, request.num_computed_tokens)
+                self._folder.step(req_id, depths)
+                if req_id in self._left_at:
+                    self._left_at[req_id] += depths
         self._let_go(scheduled)
+        self._fold(scheduled)
         self._report_pages(result, step.report)
         return result
 
