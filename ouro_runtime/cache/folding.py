@@ -27,32 +27,33 @@ class BlockDepths:
     Args:
         prompt: tokens of the prompt. block_size: positions of a block.
         deepest: the deepest loop that any position of the request runs.
+
+    Attributes:
+        next_end: `due` has nothing new before so many positions are done.
     """
 
     def __init__(self, prompt: int, block_size: int, deepest: int) -> None:
         self._block_size, self._deepest = block_size, deepest
         self._first, inside = divmod(prompt, block_size)
-        self._room = block_size - inside
-        self._open = deepest if inside else 0
+        # Depths of the block that is not full yet; at first that of the prompt's last position too.
+        self._open: list[int] = []
+        self._skip, self._need = 1, 1 + block_size - inside
+        self._least = deepest if inside else 0
         self._full: list[int] = []
-        self._prompt_over = False
         self.rewind()
 
     def step(self, depths: Sequence[int]) -> None:
         """Take in the depths of the next tokens."""
-        for depth in depths:
-            if not self._prompt_over:
-                self._prompt_over = True
-                continue
-            self._open = max(self._open, depth)
-            self._room -= 1
-            if not self._room:
-                self._full.append(self._open)
-                self._open, self._room = 0, self._block_size
+        self._open += depths
+        while len(self._open) >= self._need:
+            self._full.append(max(self._least, *self._open[self._skip : self._need]))
+            del self._open[: self._need]
+            self._skip, self._need, self._least = 0, self._block_size, 0
 
     def rewind(self) -> None:
         """The request lost its pages."""
         self._next = self._first
+        self.next_end = (self._next + 1) * self._block_size
 
     def due(self, computed: int) -> Iterator[Fold]:
         """Blocks to fold, each once until `rewind`.
@@ -66,6 +67,7 @@ class BlockDepths:
             if depth < self._deepest:
                 yield block, depth
         self._next = max(self._next, end)
+        self.next_end = (self._next + 1) * self._block_size
 
 
 def fold_tables(

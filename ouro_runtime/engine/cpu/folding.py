@@ -47,8 +47,8 @@ class PageFolder:
         """Let the deeper pages of a running request go where its first `computed` positions do not
         need them."""
         blocks = self._blocks.get(request_id)
-        if blocks is None:
-            return
+        if blocks is None or computed < blocks.next_end:
+            return  # nearly always
         for block, depth in blocks.due(computed):
             kept = self._managers[depth - 1].req_to_blocks[request_id][block]
             freed = []

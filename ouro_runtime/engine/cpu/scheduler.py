@@ -141,7 +141,7 @@ class OuroScheduler(LoopSchedulerMixin, Scheduler):
         for req_id in scheduled:
             request = self.requests.get(req_id)
             if request is not None and request.status == RequestStatus.RUNNING:
-                self._folder.fold(req_id, request.num_computed_tokens, self.deepest(req_id))
+                self._folder.fold(req_id, request.num_computed_tokens, self._deepest[req_id])
 
     # ---- steps --------------------------------------------------------------------------------
 
