@@ -111,7 +111,7 @@ def _validate_requests() -> None:
                 on_cpu=runs_on_cpu(self.vllm_config),
             )
         request = process_inputs(self, request_id, prompt, params, *a, **k)
-        if is_ouro(self.vllm_config) and runs_on_cpu(self.vllm_config):
+        if is_ouro(self.vllm_config):
             config, parallel = self.vllm_config, self.vllm_config.parallel_config
             hold_to_pool(
                 request,

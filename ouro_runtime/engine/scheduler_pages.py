@@ -41,15 +41,12 @@ class PagedSchedulerMixin(LoopSchedulerMixin):
         super().__init__(*args, **kwargs)
         assert not self.need_mamba_block_aligned_split, "another feature ends chunks early"
         self.need_mamba_block_aligned_split = True
-
-    # ---- ouro_runtime.engine.pages.Book -------------------------------------------------------
-
-    def _guard_cache(self, coordinator: Any) -> None:
         self._counted = 0.0
         self._deepest: dict[str, int] = {}
         self._shared: dict[str, bool] = {}
         keep_book(self.kv_cache_manager, self, self.loop_config.loops)
-        self._publish = coordinator.cache_blocks
+
+    # ---- ouro_runtime.engine.pages.Book -------------------------------------------------------
 
     def deepest(self, request_id: str) -> int:
         found = self._deepest.get(request_id)
