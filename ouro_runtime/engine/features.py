@@ -18,7 +18,6 @@ from ouro_runtime.config import (
     GATE,
     RETURN_LOOPS,
     RULE,
-    SHARED,
     DepthError,
     LoopConfig,
     check_guesses,
@@ -66,7 +65,6 @@ REQUEST = {
 
 TRANSFER = ("kv_transfer_params", "ec_transfer_params")
 OWN = (*DEPTH_FIELDS, FORCED, RETURN_LOOPS)
-NO_SHARED = "exit_mode 'shared' is not supported on CUDA yet: its pages hold every loop"
 VLLMS = ("kv_cache_report_mode",)
 """Keys of `extra_args`: for connectors, ours, and what vLLM's prefix cache reads."""
 
@@ -80,8 +78,8 @@ def check(
         params: vLLM's `SamplingParams`. config: the model's loops.
         resumable: whether the prompt may grow while the request runs.
         open_args: whether a logits processor of the user's may read other keys of `extra_args`.
-        on_cpu: whether it is the CPU engine, which reads out what each loop left, and has pages by
-            loop; on CUDA nothing comes back between two passes.
+        on_cpu: whether it is the CPU engine, which reads out what each loop left; on CUDA nothing
+            comes back between two passes.
 
     Raises:
         DepthError: naming the field.
@@ -107,8 +105,6 @@ def check(
     if asked.exit_rule != GATE and not on_cpu:
         text = f"{RULE} {asked.exit_rule!r} is not supported on CUDA yet, only {GATE!r}"
         raise DepthError(RULE, text)
-    if asked.exit_mode == SHARED and not on_cpu:
-        raise DepthError("exit_mode", NO_SHARED)
 
 
 def check_lists(kind: str, lists: Mapping[str, str], found: tuple[str, ...]) -> None:
