@@ -32,7 +32,7 @@ class Served:
     """An engine in this process, and what is measured on it."""
 
     def __init__(self, kind: str, folder: str) -> None:
-        overrides = None
+        overrides, self.kind = None, kind
         if kind == "baseline":
             from benchmarks import baseline
 
@@ -68,9 +68,11 @@ class Served:
         self.count = 0
 
     def room(self) -> int:
-        """Positions that the K/V pool holds."""
-        cache = self.engine.vllm_config.cache_config
-        return cache.num_gpu_blocks * cache.block_size
+        """Positions that the K/V pool holds, at every loop."""
+        cache, model = self.engine.vllm_config.cache_config, self.engine.vllm_config.model_config
+        # The baseline's blocks are of every loop, ours of one.
+        loops = 1 if self.kind == "baseline" else model.hf_config.total_ut_steps
+        return cache.num_gpu_blocks // loops * cache.block_size
 
     def describe(self) -> dict[str, Any]:
         import triton

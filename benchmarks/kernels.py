@@ -135,7 +135,8 @@ def rival(case: Case, kwargs: dict[str, Any]) -> Callable[[], torch.Tensor] | No
         return write
     if case.op == "loop_decode_attention" and "k_scale" not in kwargs:
         rows = case.shape.rows
-        table = kwargs["block_table"] * kwargs["total_loops"] + kwargs["loop"][:, None]
+        everyone = torch.arange(rows, device=kwargs["q"].device)
+        table = kwargs["block_table"][kwargs["loop"].long(), everyone]
         starts = torch.arange(rows + 1, device=table.device, dtype=torch.int32)
 
         def attend() -> torch.Tensor:

@@ -135,7 +135,7 @@ class Worker:
             Requests that run at once, the pages they hold by loop, and the tokens per second of
             the whole batch; our engine only.
         """
-        from ouro_runtime.engine.cpu.pages import pages_held
+        from ouro_runtime.engine.pages import pages_held
 
         scheduler = self.engine.engine_core.engine_core.scheduler
         progress: dict[str, int] = {}

@@ -35,6 +35,6 @@ def register() -> None:
     config_hook.install()
     if current_platform.is_cpu():
         kernel_scan.install()
-        admission.install()
+    admission.install()
     core_process.install()
     outputs.install()

@@ -2,9 +2,11 @@
 
 A pass is one application of the block to N rows (cells); a cell is (request, position, loop).
 Loops are 0-based everywhere in this package; a depth is a count, so a cell that leaves after
-loop t has depth t + 1. Physical page of logical block b at loop t is b * T + t, and a row's slot is
-(b * T + t) * block_size + offset. A row whose slot is negative (or that is not active) is padding:
-nothing is written for it. No op reads anything back to the host.
+loop t has depth t + 1. A page holds the positions of one block at one loop; the page of request r's
+n-th block at loop t is block_table[t, r, n], and a row's slot is page * block_size + offset. Loops
+of a request may have one page for all: then each overwrites the last one's K/V. A row whose slot is
+negative (or that is not active) is padding: nothing is written for it. No op reads anything back to
+the host.
 """
 
 from ouro_kernels.exit_gate import exit_gate

@@ -71,8 +71,13 @@ def _mixed_loops(shape: Shape, device: torch.device, top: int) -> torch.Tensor:
 
 
 def _table(shape: Shape, device: torch.device) -> torch.Tensor:
-    order = torch.randperm(shape.rows * shape.blocks_per_row, device=device).int()
-    return order.view(shape.rows, shape.blocks_per_row)
+    """[T, rows, blocks of a row]: a page for each."""
+    size = (shape.loops, shape.rows, shape.blocks_per_row)
+    return (
+        torch.randperm(shape.loops * shape.rows * shape.blocks_per_row, device=device)
+        .int()
+        .view(size)
+    )
 
 
 def _caches(shape: Shape, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,9 +94,16 @@ def _scales(shape: Shape, device: torch.device) -> dict[str, torch.Tensor]:
     return {name: torch.full((1,), 0.5, device=device) for name in ("k_scale", "v_scale")}
 
 
-def _slots(shape: Shape, device: torch.device, loop: torch.Tensor) -> torch.Tensor:
-    block = _table(shape, device)[:, -1].long()
-    return (block * shape.loops + loop) * shape.block_size + shape.context % shape.block_size
+def _place(shape: Shape, device: torch.device, loop: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Rows at the last position of a context, and where that lies."""
+    table, last = _table(shape, device), shape.context - 1
+    pages = table[loop.long(), torch.arange(shape.rows, device=device), -1].long()
+    return {
+        "positions": _vector(shape, device, last, torch.int64),
+        "slot_mapping": pages * shape.block_size + last % shape.block_size,
+        "block_table": table,
+        "loop": loop,
+    }
 
 
 def _norms(shape: Shape) -> Iterator[Case]:
@@ -119,6 +131,7 @@ def _exit_gate(shape: Shape) -> Iterator[Case]:
     def make(device, options=False):
         flags = {name: _vector(shape, device, 1, torch.bool) for name in ("run_all", "active")}
         flags["history"] = torch.ones(shape.rows, shape.loops, device=device)
+        flags["deepest"] = _vector(shape, device, shape.loops, torch.int32)
         return {
             "h": _randn(shape, device, shape.rows, shape.hidden),
             "weight": _randn(shape, device, shape.hidden) / shape.hidden**0.5,
@@ -140,7 +153,7 @@ def _exit_gate(shape: Shape) -> Iterator[Case]:
         "exit_gate",
         "options",
         shape,
-        moved + 6 * shape.rows,
+        moved + 10 * shape.rows,
         lambda device: make(device, options=True),
     )
 
@@ -150,15 +163,16 @@ def _rope_kv_write(shape: Shape) -> Iterator[Case]:
         loop = _mixed_loops(shape, device, shape.loops)
         k, v = _caches(shape, device)
         width = (shape.q_heads + 2 * shape.kv_heads) * shape.head_dim
+        place = _place(shape, device, loop)
         kwargs = {
             "qkv": _randn(shape, device, shape.rows, width),
-            "cos_sin": _randn(shape, device, shape.context + 1, shape.head_dim),
-            "positions": torch.arange(shape.rows, device=device) % (shape.context + 1),
-            "slot_mapping": _slots(shape, device, loop),
+            "cos_sin": _randn(shape, device, shape.context, shape.head_dim),
+            "positions": place.pop("positions"),
+            "slot_mapping": place.pop("slot_mapping"),
             "k_cache": k,
             "v_cache": v,
         } | _scales(shape, device)
-        return kwargs | ({"fill_copies": shape.loops - 1 - loop} if fill else {})
+        return kwargs | (place | {"fill_copies": shape.loops - 1 - loop} if fill else {})
 
     heads = 2 * shape.q_heads + 2 * shape.kv_heads
     row = (heads + 1) * shape.head_dim * shape.dtype.itemsize + 2 * shape.kv_row_bytes + 16
@@ -187,7 +201,6 @@ def _attention(shape: Shape, splits: int | None, variant: str) -> Iterator[Case]
             "loop": _mixed_loops(shape, device, shape.loops),
             "seq_lens": _vector(shape, device, shape.context, torch.int32),
             "row_to_request": torch.arange(shape.rows, device=device, dtype=torch.int32),
-            "total_loops": shape.loops,
             "scale": shape.head_dim**-0.5,
             "num_splits": splits,
         } | _scales(shape, device)
@@ -207,11 +220,8 @@ def _standin_fill(shape: Shape) -> Iterator[Case]:
         layers = [_caches(shape, device) for _ in range(shape.layers)]
         return {
             "table": CacheTable([k for k, _ in layers], [v for _, v in layers]),
-            "slot_mapping": _slots(shape, device, loop),
-            "loop": loop,
-            "exit_mask": torch.arange(shape.rows, device=device) % 2 == 0,
-            "total_loops": shape.loops,
-        }
+            "copies": (shape.loops - 1 - loop) * (torch.arange(shape.rows, device=device) % 2 == 0),
+        } | _place(shape, device, loop)
 
     leaving = range(0, shape.rows, 2)
     # Each leaving row: one read, and a write for each loop it did not run.
@@ -223,7 +233,6 @@ def _standin_fill(shape: Shape) -> Iterator[Case]:
 def _next_pass(shape: Shape) -> Iterator[Case]:
     def make(device, options=False):
         exits = torch.arange(shape.rows, device=device) % 2 == 0
-        blocks = shape.blocks_per_row
         kwargs = {
             "hidden": _randn(shape, device, shape.rows, shape.hidden),
             "tokens": torch.arange(shape.rows, device=device) * 7 % shape.vocab,
@@ -238,7 +247,6 @@ def _next_pass(shape: Shape) -> Iterator[Case]:
             "slot_mapping": _vector(shape, device, -1, torch.int64),
             "seq_lens": _vector(shape, device, 0, torch.int32),
             "block_size": shape.block_size,
-            "total_loops": shape.loops,
         }
         if options:
             kwargs |= {
@@ -246,21 +254,20 @@ def _next_pass(shape: Shape) -> Iterator[Case]:
                 "position_limit": _vector(shape, device, shape.context, torch.int64),
                 "row_to_request": torch.arange(shape.rows, device=device, dtype=torch.int32),
                 "run_all": _vector(shape, device, 0, torch.bool),
-                "row_blocks": torch.zeros(shape.rows, blocks, dtype=torch.int32, device=device),
                 "fill_copies": _vector(shape, device, 0, torch.int32),
+                "deepest": _vector(shape, device, shape.loops, torch.int32),
             }
         return kwargs
 
     embedded = (shape.rows + 1) // 2 * 2 * shape.hidden * shape.dtype.itemsize
     state = shape.rows * (8 + 2 + 8 + 16 + 4 + 4 + 8 + 4 + 4)
-    table = shape.rows * shape.blocks_per_row * 8
     yield Case("next_pass", "next_pass", "", shape, embedded + state, make)
     yield Case(
         "next_pass",
         "next_pass",
         "options",
         shape,
-        embedded + state + table + shape.rows * 18,
+        embedded + state + shape.rows * 22,
         lambda device: make(device, options=True),
     )
 

@@ -1,4 +1,4 @@
-"""Seam: what fits into the K/V pool (CPU), at the start and at the door.
+"""Seam: what fits into the K/V pool, at the start and at the door.
 
 vLLM starts only if its pool holds a request of `max_model_len`, which then is a request at every
 loop. Here it need only hold one at a single loop, as `shared` or `max_loops: 1`; what a request can

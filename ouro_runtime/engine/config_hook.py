@@ -9,7 +9,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 from vllm.platforms import current_platform
 
 from ouro_runtime.checkpoint_config import check_config
-from ouro_runtime.config import GATE, SHARED, LoopConfig
+from ouro_runtime.config import GATE, LoopConfig
 
 SCHEDULER = "ouro_runtime.engine.cpu.scheduler.OuroScheduler"
 CPU_WORKER = "ouro_runtime.engine.cpu.worker.OuroCPUWorker"
@@ -170,11 +170,6 @@ def refuse(vllm_config: Any) -> None:
         (
             parallel.enable_dbo,
             "dual-batch overlap: the passes of a step depend on each other",
-        ),
-        (
-            not current_platform.is_cpu()
-            and LoopConfig.of(vllm_config).defaults.exit_mode == SHARED,
-            "--exit-mode shared on CUDA yet: its pages hold every loop",
         ),
         (
             current_platform.is_cpu() and scheduler.async_scheduling is True,

@@ -18,7 +18,6 @@ from ouro_runtime.config import (
     GATE,
     RETURN_LOOPS,
     RULE,
-    SHARED,
     DepthError,
     LoopConfig,
     check_guesses,
@@ -71,7 +70,6 @@ TRANSFER = ("kv_transfer_params", "ec_transfer_params")
 OWN = (*DEPTH_FIELDS, FORCED, RETURN_LOOPS)
 NO_PRIORITY = "priority has no effect without --scheduling-policy priority; leave it out, or 0"
 NO_WATERMARK = "watermarking is not supported: tokens are sampled without watermarks here"
-NO_SHARED = "exit_mode 'shared' is not supported on CUDA yet: its pages hold every loop"
 VLLMS = ("kv_cache_report_mode",)
 """Keys of `extra_args`: for connectors, ours, and what vLLM's prefix cache reads."""
 
@@ -91,8 +89,8 @@ def check(
         params: vLLM's `SamplingParams`. config: the model's loops.
         resumable: whether the prompt may grow while the request runs.
         open_args: whether a logits processor of the user's may read other keys of `extra_args`.
-        on_cpu: whether it is the CPU engine, which reads out what each loop left, and has pages by
-            loop; on CUDA nothing comes back between two passes.
+        on_cpu: whether it is the CPU engine, which reads out what each loop left; on CUDA nothing
+            comes back between two passes.
         unheard_priority: whether it has a priority that the scheduler does not ask for; vLLM says
             of its field that this is an error, and takes it.
 
@@ -122,8 +120,6 @@ def check(
     if asked.exit_rule != GATE and not on_cpu:
         text = f"{RULE} {asked.exit_rule!r} is not supported on CUDA yet, only {GATE!r}"
         raise DepthError(RULE, text)
-    if asked.exit_mode == SHARED and not on_cpu:
-        raise DepthError("exit_mode", NO_SHARED)
 
 
 def check_lists(kind: str, lists: Mapping[str, str], found: tuple[str, ...]) -> None:

@@ -119,7 +119,7 @@ def _validate_requests() -> None:
             # vLLM's prefix cache knows an adapter by its name and path, which another id may have
             # again, with other weights.
             request.cache_salt = f"{request.cache_salt or ''}@{request.lora_request.lora_int_id}"
-        if is_ouro(self.vllm_config) and runs_on_cpu(self.vllm_config):
+        if is_ouro(self.vllm_config):
             config, parallel = self.vllm_config, self.vllm_config.parallel_config
             hold_to_pool(
                 request,

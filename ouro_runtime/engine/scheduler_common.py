@@ -1,9 +1,8 @@
 """Seam: what the schedulers of looped models share.
 
 - `num_lookahead_tokens = T - 1` reserves the slots that a step may fill;
-- the prefix cache is offered a block only when all its positions have true K/V at every loop, and
-  gives a request that lost its blocks only what it would have offered itself; what it was to
-  compute in the step that takes them away is withdrawn;
+- the prefix cache gives a request that lost its blocks only what it would have offered itself; what
+  it was to compute in the step that takes them away is withdrawn;
 - K/V has no other way out: a connector is refused, however it was configured;
 - depths ride to the API process in `EngineCoreOutput.routed_experts` (see `outputs.py`).
 """
@@ -53,25 +52,14 @@ class LoopSchedulerMixin:
         assert self.num_lookahead_tokens == 0, "another feature claims the lookahead slots"
         self.num_lookahead_tokens = self.loop_config.loops - 1
         self._clean: dict[str, CleanPrefix] = {}
-        self._guard_cache(self.kv_cache_manager.coordinator)
-
-    def _guard_cache(self, coordinator: Any) -> None:
-        """Let the prefix cache be offered nothing past a clean prefix."""
-        self._publish = coordinator.cache_blocks
-        coordinator.cache_blocks = self._publish_clean
 
     def _exit_params(self, request: Request) -> ExitParams:
         assert request.sampling_params is not None
         return self.loop_config.request(request.sampling_params.extra_args)
 
     def _clean_length(self, request: Request) -> int:
-        """Leading positions of a request that have, or had, true K/V at every loop."""
-        clean = self._clean.get(request.request_id)
-        return clean.length if clean is not None else request.num_prompt_tokens
-
-    def _publish_clean(self, request: Request, num_computed_tokens: int) -> None:
-        """In place of the coordinator's `cache_blocks`: never past the clean prefix."""
-        self._publish(request, min(num_computed_tokens, self._clean_length(request)))
+        """Leading positions of a request that have, or had, true K/V at every loop it needs."""
+        raise NotImplementedError
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[Any, int, int, bool]:
         """What the prefix cache has of a request, never past its clean prefix.
@@ -100,7 +88,8 @@ class LoopSchedulerMixin:
             self._clean[request.request_id] = clean
         clean.step(depths)
         if self.kv_cache_manager.enable_caching and written > 0:
-            self._publish_clean(request, written)
+            clean_length = min(written, self._clean_length(request))
+            self.kv_cache_manager.coordinator.cache_blocks(request, clean_length)
 
     def _add_depths(self, result: dict[int, EngineCoreOutputs], step: StepOutput) -> None:
         for outputs in result.values():

@@ -34,15 +34,10 @@ def deepest_loop(params: ExitParams, loops: int, prompt_logprobs: bool) -> int:
     return max(params.forced_depths, default=params.max_loops)
 
 
-def pages_per_token(loops: int, by_loop: bool) -> dict[str, int]:
-    """Loops whose K/V a generated position holds, by each mode that is served, of requests that may
-    go to loop T.
-
-    Args:
-        loops: T. by_loop: whether pages are allocated by loop; else each position has all T.
-    """
-    modes = [mode for mode in MODES if by_loop or mode != SHARED]
-    return {mode: 1 if mode == SHARED else loops for mode in modes}
+def pages_per_token(loops: int) -> dict[str, int]:
+    """Loops whose K/V a generated position holds, by mode, of requests that may go to loop T, which
+    is `loops`."""
+    return {mode: 1 if mode == SHARED else loops for mode in MODES}
 
 
 def replayed(

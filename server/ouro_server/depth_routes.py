@@ -93,7 +93,7 @@ def depth_info(served: ServedDepth) -> DepthInfo:
     """What `/v1/depth` answers."""
     book, defaults = served.book, served.defaults
     in_force = defaults.for_class(book.default_class)
-    pages = pages_per_token(served.loops, by_loop=served.reads_loops)
+    pages = pages_per_token(served.loops)
     return DepthInfo(
         model=served.model,
         loops=served.loops,

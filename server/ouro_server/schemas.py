@@ -352,7 +352,7 @@ class DepthInfo(BaseModel):
     modes: list[str] = Field(description="Values that `exit_mode` may take.")
     pages_per_token: dict[str, int] = Field(
         description="By mode, the loops whose K/V a generated position holds, of a request whose "
-        "`max_loops` is T. A smaller one in `skip` and `exact` holds that many (CPU)."
+        "`max_loops` is T. A smaller one in `skip` and `exact` holds that many."
     )
     rules: dict[str, RuleInfo] = Field(description="Values that `exit_rule` may take.")
     return_loops: bool = Field(description="Whether `return_loops` is honoured; not on CUDA.")

@@ -90,7 +90,7 @@ def depth_parser() -> argparse.ArgumentParser:
         help="skip: the loops after the exit are not run, which is what saves time.\n"
         "exact: they are run off the read-out, so that later tokens see the K/V of the full\n"
         "model; nothing is saved.\n"
-        "shared: as skip, over one K/V for all loops: less memory, other answers (CPU).\n"
+        "shared: as skip, over one K/V for all loops: less memory, other answers.\n"
         "lossless: the token read out at the exit is a draft, which loop T confirms or takes\n"
         "back: the answer is that of every loop.\n"
         "auto: lossless where every loop is asked for, else skip. Default: auto.",

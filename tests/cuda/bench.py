@@ -45,7 +45,7 @@ CRAMPED: dict[str, Any] = {
     "max_num_seqs": 6,
     "max_num_batched_tokens": 24,
     "enable_prefix_caching": True,
-    "num_gpu_blocks_override": 9,
+    "num_gpu_blocks_override": 33,
 }
 
 ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -203,7 +203,7 @@ def engine(model: str, **options: Any) -> Iterator[Any]:
     """
     from tests.engine import harness
 
-    settings = {"block_size": BLOCK, "max_num_seqs": 16, "num_gpu_blocks_override": 256}
+    settings = {"block_size": BLOCK, "max_num_seqs": 16, "num_gpu_blocks_override": 1536}
     with harness.engine(model, **(settings | options)) as llm:
         runner = harness.runner_of(llm)
         for cache in runner.kv_caches:
@@ -245,6 +245,8 @@ def assert_idle(llm: Any) -> None:
     for left in (
         scheduler.requests,
         scheduler._clean,
+        scheduler._deepest,
+        scheduler._shared,
         scheduler._filled,
         scheduler._most,
         scheduler._flight,

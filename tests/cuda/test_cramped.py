@@ -63,7 +63,7 @@ def test_only_true_positions_are_shared(llm: Any) -> None:
     """A turn that skipped loops, then a turn at full depth over it, cold and warm."""
     rng = random.Random(1)
     first = [rng.randrange(256) for _ in range(18)]
-    turn = generate(llm, [first], greedy(20, {"forced_depths": [2, 1, 3]}))[0]
+    turn = generate(llm, [first], greedy(20, {"forced_depths": [2, 1, 4]}))[0]
     second = first + turn.tokens + [7, 8, 9]
     request, params = {"prompt_token_ids": second}, greedy(8, FULL)
     answer = llm.generate(request, params, use_tqdm=False)[0]
@@ -85,7 +85,7 @@ def test_the_context_length_ends_a_request(llm: Any) -> None:
     bench.assert_idle(llm)
 
 
-CHUNKS = {"max_num_batched_tokens": 24, "max_num_seqs": 8, "num_gpu_blocks_override": 64}
+CHUNKS = {"max_num_batched_tokens": 24, "max_num_seqs": 8, "num_gpu_blocks_override": 256}
 
 
 @pytest.mark.long

@@ -55,11 +55,11 @@ def golden_records(checkpoint: str) -> list[dict[str, Any]]:
 
 
 MODES = ("full", "exact", "skip", "shared")
-ON_CUDA = ("full", "exact", "skip")
-"""Modes that are served; `ON_CUDA` by both engines."""
+PLANES = ("full", "exact", "skip")
+"""Modes; `PLANES` are those in which each loop has K/V of its own."""
 
 
-def golden_cases(checkpoint: str, modes: tuple[str, ...] = ON_CUDA) -> list[Case]:
+def golden_cases(checkpoint: str, modes: tuple[str, ...] = PLANES) -> list[Case]:
     """Every case of `checkpoint` in `modes`."""
     cases = []
     for record in golden_records(checkpoint):

@@ -14,7 +14,7 @@ from vllm import LLM, SamplingParams
 from vllm.outputs import CompletionOutput
 from vllm.platforms.cpu import CpuPlatform
 
-from ouro_runtime.engine.cpu.pages import pages_held
+from ouro_runtime.engine.pages import pages_held
 from ouro_runtime.plugin import register
 
 BLOCK = 32

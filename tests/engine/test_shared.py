@@ -10,8 +10,7 @@ from unittest import mock
 import pytest
 from vllm import LLM
 
-from ouro_runtime.config import DepthError, LoopConfig
-from ouro_runtime.engine import features
+from ouro_runtime.config import DepthError
 from tests.engine.cases import CHECKPOINTS, MODES, golden_cases
 from tests.engine.compare import assert_case, assert_same
 from tests.engine.harness import (
@@ -141,11 +140,4 @@ def test_what_was_generated_is_never_shared(llm: LLM) -> None:
 def test_no_request_is_of_two_modes(llm: LLM, mode: Any) -> None:
     with pytest.raises(DepthError, match="exit_mode must be one of") as caught:
         generate(llm, [[1, 2]], greedy(2, {"exit_mode": mode}))
-    assert caught.value.param == "exit_mode"
-
-
-def test_cuda_says_that_it_has_no_such_mode(llm: LLM) -> None:
-    config = LoopConfig.of(llm.llm_engine.vllm_config)
-    with pytest.raises(DepthError, match="not supported on CUDA") as caught:
-        features.check(greedy(2, SHARED), config, resumable=False, open_args=False, on_cpu=False)
     assert caught.value.param == "exit_mode"

@@ -79,7 +79,7 @@ class Device:
             return scale * torch.randn(*size, generator=rng)
 
         def cache() -> torch.Tensor:
-            return torch.full((SLOTS * 12 * loops, BLOCK, HEADS, SIZE), torch.nan)
+            return torch.full((SLOTS * 12 * loops + 1, BLOCK, HEADS, SIZE), torch.nan)
 
         def layer() -> LayerParts:
             qkv, out = weights(3 * HEADS * SIZE, H), weights(H, HEADS * SIZE)
@@ -100,7 +100,7 @@ class Device:
         self.caches = [cache for x in layers for cache in (x.k_cache, x.v_cache)]
         angles = torch.arange(LONGEST)[:, None] / 10.0 ** torch.arange(SIZE // 2)
         cos_sin = torch.cat([angles.cos(), angles.sin()], 1)
-        parts = BlockParts(layers, torch.ones(H), 1e-6, cos_sin, SIZE**-0.5, loops, LONGEST)
+        parts = BlockParts(layers, torch.ones(H), 1e-6, cos_sin, SIZE**-0.5, LONGEST)
         caches = CacheTable([x.k_cache for x in layers], [x.v_cache for x in layers])
         shape = LaneShape(loops, BLOCK, weights(H), torch.tensor([gate]))
         self.buffers = LaneBuffers(
@@ -111,15 +111,17 @@ class Device:
             logits=lambda hidden, read: hidden @ head.T,
             embedding=lambda tokens, numbers: (self.table, tokens),
         )
-        self.blocks = torch.zeros(SLOTS, 12, dtype=torch.int32)  # of the batch, row by row
-        self.owned = torch.randperm(SLOTS * 12, generator=rng).view(SLOTS, 12).int()  # by slot
+        # Pages by loop: of the batch, row by row; and by slot. Nobody has page 0.
+        self.pages = torch.zeros(loops, SLOTS, 12, dtype=torch.int32)
+        self.owned = 1 + torch.randperm(loops * SLOTS * 12, generator=rng).int()
+        self.owned = self.owned.view(loops, SLOTS, 12)
         nothing: Any = None
         self.engine = LaneEngine(
             self.buffers,
             shape,
             parts,
             caches,
-            self.blocks,
+            self.pages,
             nothing,
             vocabulary,
             lambda *_: False,
@@ -158,9 +160,10 @@ class Device:
             list(names),
             self.requests.epochs(list(names)),
             torch.empty(0),
-            params.run_all,
+            np.where(params.run_all, params.deepest, 0),
             yes,
-            len(batch),
+            np.full(self.loops, len(batch)),
+            np.zeros(self.loops, np.int64),
             self.loops,
         )
         if layout is not None:
@@ -170,9 +173,12 @@ class Device:
             bill.drafted = layout.on[: len(batch)]
             b.drafts.packed(width).copy_(torch.from_numpy(layout.pack(width)))
         b.packed(width).copy_(torch.from_numpy(params.pack(width, SLOTS)))
-        self.blocks[: len(batch)] = self.owned[slots]
+        # Nobody has pages of loops that it cannot read; in `shared` all loops have the last one's.
+        held = torch.arange(self.loops)[:, None] < torch.from_numpy(self.requests.deepest[slots])
+        pages = self.owned[:, slots] * held[:, :, None]
+        one = torch.from_numpy(self.requests.shared[slots])
+        self.pages[:, : len(batch)] = torch.where(one[:, None], pages[-1], pages)
         positions = torch.tensor([request.position for request in batch])
-        block = self.blocks[torch.arange(len(batch)), positions // BLOCK].long()
         ids = torch.tensor([request.token for request in batch])
         inputs = StepInputs(
             lanes=lanes,
@@ -180,7 +186,7 @@ class Device:
             input_ids=ids,
             embedded=self.table[ids],
             positions=positions,
-            logical=block * BLOCK + positions % BLOCK,
+            slots=torch.zeros(self.loops, len(batch), dtype=torch.int64),
             candidates=[torch.from_numpy(c) if len(c) else None for c in candidates],
             padded=len(batch),
             plain=True,

@@ -31,6 +31,9 @@ def asked(rng: random.Random, loops: int) -> dict[str, Any]:
             lossless | {"forced_depths": [low]},
             {"exit_threshold": rng.choice([0.0, 0.3, 0.6])},
             {"exit_threshold": 0.4, "exit_mode": "exact"},
+            {"exit_threshold": 0.4, "exit_mode": "exact", "max_loops": low},
+            {"exit_threshold": 0.4, "max_loops": low},
+            {"exit_threshold": 0.4, "exit_mode": "shared"},
             {"exit_threshold": 1.0},
             {"forced_depths": [low, 1, loops]},
         ]
@@ -104,6 +107,7 @@ def test_a_crowd_brings_what_each_brings_at_full_depth(seed: int) -> None:
                 made, right = made + bool(drafted), right + (0 < drafted == depth)
                 dropped += lost
     assert not device.requests._flights
+    assert all(cache[0].isnan().all() for cache in device.caches), "a page that nobody has"
     if loops > 2:
         assert right and made > right and dropped, (made, right, dropped)
 

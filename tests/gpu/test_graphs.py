@@ -25,7 +25,7 @@ def engine(loops: int, alone: bool) -> LaneEngine:
     buffers = LaneBuffers(LANES, LANES, LANES, loops, H, torch.float32, "cpu", drafts)
     shape = LaneShape(loops, 16, torch.zeros(H), torch.zeros(1))
     vocabulary: Any = SimpleNamespace(alone=alone, embedding=lambda tokens, _: (TABLE, tokens))
-    blocks = torch.zeros(LANES, 2, dtype=torch.int32)
+    blocks = torch.zeros(loops, LANES, 2, dtype=torch.int32)
     nothing: Any = None
     return LaneEngine(
         buffers, shape, None, nothing, blocks, nothing, vocabulary, lambda *_: False, nothing

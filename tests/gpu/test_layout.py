@@ -1,4 +1,4 @@
-"""The memory layout that loop-interleaved pages need, against what vLLM would choose."""
+"""The memory layout that the lane kernels were written for, against what vLLM would choose."""
 
 import torch
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
@@ -13,9 +13,9 @@ def test_the_layout_is_one_that_backends_without_a_wish_take() -> None:
     assert KVCacheLayout[LAYOUT] in get_supported_kv_cache_layouts([])
 
 
-def test_only_it_makes_every_loop_a_page_of_its_own() -> None:
-    layers, blocks, loops, heads, positions, content = 1, 3, 2, 2, 4, 6
-    shape = (layers, blocks, loops * heads, positions, content)
+def test_only_it_has_a_pages_heads_before_its_positions() -> None:
+    layers, pages, heads, positions, content = 1, 3, 4, 4, 6
+    shape = (layers, pages, heads, positions, content)
     for layout in (KVCacheLayout.LBHNC, KVCacheLayout.LBNHC):
         order = layout.stride_order
         memory = torch.arange(3 * 4 * 4 * 6).view([shape[axis] for axis in order])

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import get_forward_context, override_forward_context
 
 from ouro_runtime.engine.cuda.backend import RowView
 from ouro_runtime.engine.cuda.lanes import LaneBuffers
 from ouro_runtime.engine.cuda.model import OuroLaneModel
-from ouro_runtime.engine.cuda.rows import RowPasses
+from ouro_runtime.engine.cuda.rows import RowPasses, parts
 
 T = 4
 
@@ -51,13 +52,16 @@ def batch() -> Any:
 
 
 def row_passes(backend: str) -> RowPasses:
-    tables = torch.tensor([[7, 3], [2, 0], [9, 9]], dtype=torch.int32)
+    tables = torch.arange(T * 3 * 2, dtype=torch.int32).view(T, 3, 2)
 
     def block(hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, None]:
         return hidden + positions[:, None], None
 
-    groups = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=list(Group.layer_names))])
-    return RowPasses(block, T, tables, [[Group(backend)]], groups, longest=11)
+    # The layers of the first loop are those that run.
+    others = SimpleNamespace(layer_names=["layer.0.loop1"])
+    first = SimpleNamespace(layer_names=list(Group.layer_names))
+    groups = SimpleNamespace(kv_cache_groups=[first, others])
+    return RowPasses(block, T, tables, [[Group(backend)], [Group(backend)]], groups, longest=11)
 
 
 def test_every_request_reads_the_pages_of_its_loop() -> None:
@@ -75,8 +79,9 @@ def test_every_request_reads_the_pages_of_its_loop() -> None:
     with override_forward_context(SimpleNamespace()):
         passes.run(batch(), buffers, view)
         context = get_forward_context()
+    assert context.attn_metadata.keys() == context.slot_mapping.keys() == set(Group.layer_names)
     metadata = context.attn_metadata["layer.1"]
-    assert metadata.block_table_tensor.tolist() == [[30, 14], [9, 1]]
+    assert metadata.block_table_tensor.tolist() == [[12, 13], [8, 9]]
     assert metadata.seq_lens.tolist() == [9, 3]
     assert metadata.query_start_loc.tolist() == [0, 1, 4]
     assert (metadata.num_reqs, metadata.num_actual_tokens, metadata.max_query_len) == (2, 4, 3)
@@ -86,6 +91,41 @@ def test_every_request_reads_the_pages_of_its_loop() -> None:
     assert metadata.slot_mapping.tolist() == view.slots.tolist()
     assert context.slot_mapping["layer.0"].tolist() == view.slots.tolist()
     assert buffers.hidden[:6, 0].tolist() == [9, 1, 2, 3, 1, 1]
+
+
+def test_a_pass_runs_the_rows_of_those_that_go_so_deep() -> None:
+    """After the first pass the prompt's chunk does not; after the second nobody does."""
+    passes = row_passes("FLASH_ATTN")
+    buffers = LaneBuffers(6, 2, 8, T, 3, torch.float32, "cpu")
+    buffers.hidden.fill_(1)
+    runs = np.array([[True, True], [True, False], [True, False], [False, False]])
+    every, first, same, nobody = parts(batch(), runs, torch.device("cpu"))
+    assert every is None and first is same and first is not None
+    assert nobody is not None and not len(nobody.rows)
+    assert first.rows.tolist() == [0] and first.requests.tolist() == [0]
+    view = RowView(
+        rows=4,
+        padded=6,
+        positions=torch.tensor([8, 0, 1, 2, 0, 0]),
+        slots=torch.tensor([3, 40, 41, 42, -1, -1]),
+        loop=torch.tensor([2, 1], dtype=torch.int32),
+        seq_lens=torch.tensor([9, 3], dtype=torch.int32),
+        part=first,
+    )
+    with override_forward_context(SimpleNamespace()):
+        passes.run(batch(), buffers, view)
+        context = get_forward_context()
+    metadata = context.attn_metadata["layer.1"]
+    assert context.cudagraph_runtime_mode == CUDAGraphMode.NONE
+    assert metadata.block_table_tensor.tolist() == [[12, 13]]
+    assert metadata.slot_mapping.tolist() == [3] and metadata.seq_lens.tolist() == [9]
+    assert metadata.query_start_loc.tolist() == [0, 1]
+    assert (metadata.num_reqs, metadata.num_actual_tokens, metadata.max_query_len) == (1, 1, 1)
+    assert buffers.hidden[:, 0].tolist() == [9, 1, 1, 1, 1, 1]
+    # Had the decoding request gone, the chunk's rows would be left.
+    (other,) = parts(batch(), runs[1:2, ::-1].copy(), torch.device("cpu"))
+    assert other is not None and other.rows.tolist() == [1, 2, 3]
+    assert other.batch.query_start_loc_np.tolist() == [0, 3]
 
 
 def test_a_backend_that_takes_the_bound_for_the_lengths_gets_no_bound(

@@ -128,6 +128,7 @@ def test_lane_parameters_survive_the_journey() -> None:
         once=flags[1],
         decoding=flags[2],
         slot=rng.permutation(lanes),
+        deepest=rng.integers(1, 5, lanes),
         temperature=rng.random(lanes, np.float32),
         seed=rng.integers(-(1 << 63), (1 << 63) - 1, lanes),
         stops=rng.integers(-1, 50_000, (lanes, STOPS)),
@@ -202,9 +203,10 @@ def test_the_bill_counts_what_ran() -> None:
         ["a", "b", "c"],
         [1, 1, 1],
         packed,
-        runs_all=np.array([False, True, True]),
+        least=np.array([0, 4, 4]),
         decoding=np.array([True, True, False]),
-        rows=7,
+        rows=np.array([7, 7, 7, 7]),
+        filled=np.array([5, 5, 5, 5]),
         loops=4,
     )
     out = bill.settle(packed.numpy(), np.array([2, 1, 1]))

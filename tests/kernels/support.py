@@ -223,5 +223,12 @@ def paged_caches(
     return k, v
 
 
+def pages_by_loop(loops: int, blocks: int, device: torch.device) -> torch.Tensor:
+    """[T, 1, blocks] of one request; its first block at loop 0 is page 0."""
+    table = torch.randperm(loops * blocks - 1, device=device) + 1
+    first = torch.zeros(1, dtype=table.dtype, device=device)
+    return torch.cat((first, table)).int().view(loops, 1, blocks)
+
+
 def as_fp8(x: torch.Tensor) -> torch.Tensor:
     return x.clamp(-448, 448).to(torch.float8_e4m3fn)

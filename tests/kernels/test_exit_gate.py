@@ -56,6 +56,7 @@ def test_masks_and_strided_states(device):
     state = _state(61, 123, torch.bfloat16, device)
     state["h"] = strided_rows(state["h"])
     state["run_all"] = torch.rand(61, device=device) < 0.4
+    state["deepest"] = torch.randint(1, T + 1, (61,), device=device, dtype=torch.int32)
     state["active"] = torch.rand(61, device=device) < 0.6
     state["depth"] = torch.where(state["run_all"], state["loop"] // 2, 0).int()
     state["history"] = strided_rows(torch.full((61, T), float("nan"), device=device))
@@ -85,7 +86,7 @@ def test_one_given_output_is_written(name, device):
     check_against_reference("exit_gate", "exit_gate", **state)
 
 
-def _walk(bias, device, *, threshold, min_loops=1, max_loops=T, run_all=False):
+def _walk(bias, device, *, threshold, min_loops=1, max_loops=T, run_all=False, deepest=T):
     """Depth, and loops run, of one token whose gate always says sigmoid(bias)."""
     state = {
         "h": torch.zeros(1, 8, device=device),
@@ -97,6 +98,7 @@ def _walk(bias, device, *, threshold, min_loops=1, max_loops=T, run_all=False):
         "min_loops": _int([min_loops], device),
         "max_loops": _int([max_loops], device),
         "run_all": torch.tensor([run_all], device=device),
+        "deepest": _int([deepest], device),
     }
     for loop in range(T):
         exits, reads = exit_gate(**state, loop=_int([loop], device), total_loops=T)
@@ -124,6 +126,13 @@ def _walk(bias, device, *, threshold, min_loops=1, max_loops=T, run_all=False):
 def test_the_rule(rule, depth, device):
     assert _walk(0.0, device, **rule) == (depth, depth)
     assert _walk(0.0, device, **rule, run_all=True) == (depth, T)
+
+
+@pytest.mark.parametrize("run_all", [False, True])
+def test_the_last_loop_of_a_row_is_its_own(run_all, device):
+    assert _walk(0.0, device, threshold=1.0, run_all=run_all, deepest=2) == (2, 2)
+    depth, ran = _walk(0.0, device, threshold=0.4, run_all=run_all, deepest=3)
+    assert (depth, ran) == (1, 3 if run_all else 1)
 
 
 def test_a_saturated_gate_does_not_leave_at_threshold_one(device):

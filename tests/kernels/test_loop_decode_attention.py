@@ -10,23 +10,22 @@ T, BLOCK_SIZE = 3, 8
 def _inputs(lengths, q_heads, kv_heads, head_dim, dtype, device, layout="HND", fp8=False):
     """Rows of `lengths` at random loops. Everything a row must not read is NaN.
 
-    The first block of the first row is block 0, at loop 0.
+    The first block of the first row is page 0, at loop 0.
     """
     rows = len(lengths)
     per_row = [-(-length // BLOCK_SIZE) for length in lengths]
     total = sum(per_row) + 2
     order = [*(torch.randperm(total - 1) + 1).tolist(), 0]
-    table = torch.full((rows, max(per_row, default=0) + 1), order[0], dtype=torch.int32)
+    table = torch.full((T, rows, max(per_row, default=0) + 1), order[0], dtype=torch.int32)
     loop = torch.randint(0, T, (rows,), dtype=torch.int32)
     loop[:1] = 0
     cache_dtype = torch.float8_e4m3fn if fp8 else dtype
-    k, v = paged_caches(total * T, BLOCK_SIZE, kv_heads, head_dim, cache_dtype, device, layout)
+    k, v = paged_caches(total, BLOCK_SIZE, kv_heads, head_dim, cache_dtype, device, layout)
     for row, length in enumerate(lengths):
         for index in range(per_row[row]):
-            block = order.pop()
-            table[row, index] = block
+            page = order.pop()
+            table[loop[row], row, index] = page
             count = min(BLOCK_SIZE, length - index * BLOCK_SIZE)
-            page = block * T + int(loop[row])
             for cache in (k, v):
                 new = torch.randn(count, kv_heads, head_dim, device=device)
                 new = as_fp8(new * 3) if fp8 else new.to(dtype)
@@ -41,7 +40,6 @@ def _inputs(lengths, q_heads, kv_heads, head_dim, dtype, device, layout="HND", f
         "block_table": table.to(device),
         "loop": loop.to(device),
         "seq_lens": torch.tensor(lengths, dtype=torch.int32, device=device),
-        "total_loops": T,
         "scale": head_dim**-0.5,
     }
     if fp8:
@@ -71,7 +69,7 @@ def test_matches_the_reference(q_heads, kv_heads, dtype, num_splits, device):
 @pytest.mark.parametrize("fp8", [False, True])
 def test_layouts_strides_and_odd_heads(layout, q_heads, kv_heads, fp8, device):
     kwargs = _inputs([19, 0, 70], q_heads, kv_heads, 24, torch.bfloat16, device, layout, fp8)
-    kwargs["block_table"] = strided_rows(kwargs["block_table"].roll(1, dims=0))
+    kwargs["block_table"] = strided_rows(kwargs["block_table"].roll(1, dims=1))
     kwargs["row_to_request"] = torch.tensor([1, 2, 0], dtype=torch.int32, device=device)
     kwargs["q"] = strided_rows(kwargs["q"])
     kwargs["out"] = strided_rows(torch.randn(3, q_heads, 24, device=device).bfloat16(), gap=32)
@@ -99,6 +97,8 @@ def test_rows_of_one_request_read_their_own_loops(device):
     kwargs["loop"] = torch.arange(3, dtype=torch.int32, device=device)
     kwargs["seq_lens"] = kwargs["seq_lens"].repeat(3)
     kwargs["row_to_request"] = torch.zeros(3, dtype=torch.int32, device=device)
+    pages = [[[0, 1]], [[2, 3]], [[1, 0]]]
+    kwargs["block_table"] = torch.tensor(pages, dtype=torch.int32, device=device)
     out = check_against_reference("loop_decode_attention", "loop_decode_attention", **kwargs)
     assert not torch.allclose(out[0], out[1])
     assert not torch.allclose(out[1], out[2])
@@ -108,9 +108,8 @@ def test_a_row_does_not_depend_on_its_batch(device):
     kwargs = _inputs(RAGGED, 2, 2, 32, torch.float32, device)
     together = loop_decode_attention(**kwargs, num_splits=2)
     for row in range(len(RAGGED)):
-        one = {
-            name: kwargs[name][row : row + 1] for name in ("q", "block_table", "loop", "seq_lens")
-        }
+        one = {name: kwargs[name][row : row + 1] for name in ("q", "loop", "seq_lens")}
+        one["block_table"] = kwargs["block_table"][:, row : row + 1]
         alone = loop_decode_attention(**(kwargs | one), num_splits=2)
         assert torch.equal(alone[0], together[row]), row
 
@@ -146,13 +145,13 @@ def test_splits_come_from_shapes_and_are_powers_of_two(rows, length):
         ("k_cache", lambda k: {"k_cache": k["k_cache"][..., :8]}),
         ("v_cache", lambda k: {"v_cache": k["v_cache"][1:]}),
         ("block_table", lambda k: {"block_table": k["block_table"].long()}),
-        ("block_table", lambda k: {"block_table": k["block_table"][:1]}),
+        ("block_table", lambda k: {"block_table": k["block_table"][:, :1]}),
         ("loop", lambda k: {"loop": k["loop"][:1]}),
         ("seq_lens", lambda k: {"seq_lens": k["seq_lens"].float()}),
         ("row_to_request", lambda k: {"row_to_request": k["loop"][:1]}),
         ("k_scale", lambda k: {"k_scale": torch.ones(1)}),
         ("num_splits", lambda k: {"num_splits": 3}),
-        ("total_loops", lambda k: {"total_loops": 0}),
+        ("block_table", lambda k: {"block_table": k["block_table"][0]}),
     ],
 )
 def test_a_bad_argument_is_named(name, change):

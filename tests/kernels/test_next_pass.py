@@ -15,7 +15,7 @@ def _mask(kind, rows, device):
 def _inputs(rows, hidden, dtype, device, kind="ragged"):
     exits = _mask(kind, rows, device)
     tokens = torch.randint(0, VOCAB, (rows,), device=device)
-    table = torch.randperm(REQUESTS * MAX_BLOCKS, device=device).int()
+    table = torch.randperm(T * REQUESTS * MAX_BLOCKS, device=device).int()
     last = MAX_BLOCKS * BLOCK_SIZE - 1
     return {
         "hidden": torch.randn(rows, hidden, device=device).to(dtype),
@@ -27,12 +27,11 @@ def _inputs(rows, hidden, dtype, device, kind="ragged"):
         "positions": torch.randint(0, last, (rows,), device=device),
         "survival": torch.rand(rows, device=device),
         "depth": torch.where(exits, 2, 0).int(),
-        "block_table": table.view(REQUESTS, MAX_BLOCKS),
+        "block_table": table.view(T, REQUESTS, MAX_BLOCKS),
         "slot_mapping": torch.full((rows,), 7, device=device),
         "seq_lens": torch.full((rows,), 7, dtype=torch.int32, device=device),
         "row_to_request": torch.randint(0, REQUESTS, (rows,), device=device, dtype=torch.int32),
         "block_size": BLOCK_SIZE,
-        "total_loops": T,
     }
 
 
@@ -57,7 +56,7 @@ def test_every_option(positions, device):
         0, 3, (rows,), device=device, dtype=positions
     )
     kwargs["run_all"] = torch.rand(rows, device=device) < 0.3
-    kwargs["row_blocks"] = torch.full((rows, MAX_BLOCKS + 2), -5, dtype=torch.int32, device=device)
+    kwargs["deepest"] = torch.randint(1, T + 1, (rows,), device=device, dtype=torch.int32)
     kwargs["fill_copies"] = torch.full((rows,), 9, dtype=torch.int32, device=device)
     was_active = kwargs["active"].clone()
     check_against_reference("next_pass", "next_pass", **kwargs)
@@ -65,23 +64,22 @@ def test_every_option(positions, device):
 
 
 def test_more_entries_than_one_tile(device):
-    """Hidden sizes and tables beyond the kernel's tile take its loops more than once."""
+    """Hidden sizes beyond the kernel's tile take its loop more than once."""
     kwargs = _inputs(2, 2100, torch.float32, device, "all")
-    kwargs["block_table"] = torch.arange(2 * 2500, dtype=torch.int32, device=device).view(2, 2500)
+    kwargs["block_table"] = torch.arange(T * 5000, dtype=torch.int32, device=device).view(T, 2, -1)
     kwargs["row_to_request"] = None
     kwargs["positions"][:] = torch.tensor([9998, 3])
-    kwargs["row_blocks"] = torch.full((2, 2500), -5, dtype=torch.int32, device=device)
     check_against_reference("next_pass", "next_pass", **kwargs)
 
 
 def test_slots_beyond_32_bits(device):
-    """Block numbers whose pages, or whose slots only, do not fit."""
+    """Pages that fit, and slots that do not."""
     kwargs = _inputs(3, 8, torch.float32, device)
-    blocks = torch.tensor([2**28, 2**29, 2**30], device=device)
-    kwargs["block_table"][:3] = blocks[:, None]
+    pages = torch.tensor([2**29, 2**30, 2**31 - 1], device=device)
+    kwargs["block_table"][:, :3] = pages[:, None]
     kwargs["row_to_request"][:] = torch.arange(3)
     check_against_reference("next_pass", "next_pass", **kwargs)
-    assert (kwargs["slot_mapping"] > 2**31).all()
+    assert (kwargs["slot_mapping"] >= 2**31).all()
 
 
 def test_the_token_of_a_row_that_stays_is_not_looked_up(device):
@@ -99,14 +97,14 @@ def test_the_three_fates_of_a_row(device):
     kwargs["positions"][:] = torch.tensor([3, 3, 3])
     kwargs["tokens"][1] = 5
     before = kwargs["hidden"].clone()
-    table = kwargs["block_table"][kwargs["row_to_request"].long()].long()
+    table = kwargs["block_table"][:, kwargs["row_to_request"].long()].long()
     next_pass(**kwargs)
     assert kwargs["loop"].tolist() == [2, 0, 0]
     assert kwargs["positions"].tolist() == [3, 4, 4]
     assert kwargs["active"].tolist() == [True, True, False]
     assert kwargs["seq_lens"].tolist() == [4, 5, 0]
     assert kwargs["survival"][1:].tolist() == [1.0, 1.0]
-    slots = [(int(table[0, 0]) * T + 2) * BLOCK_SIZE + 3, int(table[1, 1]) * T * BLOCK_SIZE, -1]
+    slots = [int(table[2, 0, 0]) * BLOCK_SIZE + 3, int(table[0, 1, 1]) * BLOCK_SIZE, -1]
     assert kwargs["slot_mapping"].tolist() == slots
     assert torch.equal(kwargs["hidden"][0], before[0])
     assert torch.equal(kwargs["hidden"][1], kwargs["embedding"][5])
@@ -124,7 +122,8 @@ def test_the_three_fates_of_a_row(device):
         ("survival", torch.zeros(4)),
         ("slot_mapping", torch.zeros(5, dtype=torch.int32)),
         ("position_limit", torch.zeros(5, dtype=torch.int32)),
-        ("row_blocks", torch.zeros(5, MAX_BLOCKS - 1, dtype=torch.int32)),
+        ("block_table", torch.zeros(REQUESTS, MAX_BLOCKS, dtype=torch.int32)),
+        ("deepest", torch.zeros(5)),
         ("block_size", 0),
     ],
 )

@@ -3,24 +3,30 @@ import torch
 
 from ouro_kernels import rope_kv_write
 from ouro_kernels.rope_kv_write import reference
-from tests.kernels.support import check_against_reference, paged_caches, strided_rows
+from tests.kernels.support import (
+    check_against_reference,
+    paged_caches,
+    pages_by_loop,
+    strided_rows,
+)
 
-T, BLOCKS, BLOCK_SIZE, MAX_POSITION = 3, 5, 4, 31
+T, BLOCKS, BLOCK_SIZE = 3, 5, 4
+MAX_POSITION = BLOCKS * BLOCK_SIZE
 
 
 def _inputs(rows, q_heads, kv_heads, head_dim, dtype, device, layout="HND", cache_dtype=None):
-    """Rows at distinct logical slots and random loops; every third row is padding.
+    """Rows of one request at distinct positions and random loops; every third row is padding.
 
-    Row 0 has the first slot of all, row 1 the last, at the first and the last position.
+    Row 0 has the first position, in the first slot of all, row 1 the last position. What copies
+    need comes beside the other arguments.
     """
-    slots = torch.randperm(BLOCKS * BLOCK_SIZE - 2, device=device)[:rows] + 1
+    positions = torch.randperm(MAX_POSITION - 2, device=device)[:rows] + 1
     loop = torch.randint(0, T, (rows,), device=device)
-    positions = torch.randint(0, MAX_POSITION, (rows,), device=device)
-    ends = ((0, 0, 0), (BLOCKS * BLOCK_SIZE - 1, T - 1, MAX_POSITION - 1))
-    for row, (slot, t, position) in enumerate(ends[:rows]):
-        slots[row], loop[row], positions[row] = slot, t, position
-    block, offset = slots // BLOCK_SIZE, slots % BLOCK_SIZE
-    slots = (block * T + loop) * BLOCK_SIZE + offset
+    for row, (position, t) in enumerate(((0, 0), (MAX_POSITION - 1, T - 1))[:rows]):
+        positions[row], loop[row] = position, t
+    table = pages_by_loop(T, BLOCKS, device)
+    pages = table[loop, 0, positions // BLOCK_SIZE].long()
+    slots = pages * BLOCK_SIZE + positions % BLOCK_SIZE
     slots[torch.arange(rows, device=device) % 3 == 2] = -1
     angles = torch.rand(MAX_POSITION, head_dim // 2, device=device) * 6
     caches = paged_caches(
@@ -33,7 +39,12 @@ def _inputs(rows, q_heads, kv_heads, head_dim, dtype, device, layout="HND", cach
         "slot_mapping": slots,
         "k_cache": caches[0],
         "v_cache": caches[1],
-    }, (T - 1 - loop).int()
+    }, {
+        "fill_copies": (T - 1 - loop).int(),
+        "block_table": table,
+        "loop": loop.int(),
+        "row_to_request": torch.zeros(rows, dtype=torch.int32, device=device),
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -53,7 +64,7 @@ def test_layouts_copies_and_fp8(layout, cache_dtype, device):
     kwargs["qkv"] = strided_rows(kwargs["qkv"])
     kwargs["cos_sin"] = strided_rows(kwargs["cos_sin"]).float()
     kwargs["positions"] = kwargs["positions"].int()
-    kwargs["fill_copies"] = copies
+    kwargs |= copies
     kwargs["q_out"] = strided_rows(torch.randn(13, 4, 24, device=device).bfloat16())
     if cache_dtype == torch.float8_e4m3fn:
         kwargs["qkv"][0] *= 1000  # beyond fp8's range: must saturate, not become NaN
@@ -73,17 +84,31 @@ def test_the_first_slot_of_the_first_page_is_written_and_padding_is_not(device):
 
 
 def test_copies_reach_exactly_the_deeper_loops(device):
-    kwargs, _ = _inputs(1, 1, 1, 16, torch.float32, device)
-    block, offset = 2, 3
-    kwargs["positions"][:] = 0
-    kwargs["slot_mapping"][0] = (block * T + 1) * BLOCK_SIZE + offset
-    copies = torch.tensor([T - 2], dtype=torch.int32, device=device)
-    rope_kv_write(**kwargs, fill_copies=copies)
+    kwargs, copies = _inputs(1, 1, 1, 16, torch.float32, device)
+    block, offset, loop = 2, 3, 1
+    pages = copies["block_table"][:, 0, block].tolist()
+    kwargs["positions"][:] = block * BLOCK_SIZE + offset
+    kwargs["slot_mapping"][0] = pages[loop] * BLOCK_SIZE + offset
+    copies["loop"][:], copies["fill_copies"][:] = loop, T - 1 - loop
+    rope_kv_write(**kwargs, **copies)
     for name in ("k_cache", "v_cache"):
         written = ~kwargs[name].isnan().all(-1)[..., 0]
-        pages = [[block * T + 1, offset], [block * T + 2, offset]]
-        assert written.nonzero().tolist() == pages, name
-    assert torch.equal(kwargs["v_cache"][block * T + 2, offset, 0], kwargs["qkv"][0, 32:])
+        assert written.nonzero().tolist() == [[page, offset] for page in sorted(pages[loop:])], name
+    assert torch.equal(kwargs["v_cache"][pages[-1], offset, 0], kwargs["qkv"][0, 32:])
+
+
+def test_rows_that_are_requests_and_loops_of_one_page(device):
+    """Each row finds its pages in its own line of the tables; the second has one for all loops."""
+    kwargs, copies = _inputs(2, 2, 2, 16, torch.float32, device)
+    del copies["row_to_request"]
+    table = copies["block_table"].repeat(1, 2, 1)
+    table[:, 1] = table[-1, 1].clone()
+    copies["block_table"], copies["fill_copies"][:] = strided_rows(table), T - 1
+    copies["loop"][:] = 0
+    kwargs["slot_mapping"][1] = int(table[0, 1, -1]) * BLOCK_SIZE + BLOCK_SIZE - 1
+    check_against_reference("rope_kv_write", "rope_kv_write", **kwargs, **copies)
+    written = ~kwargs["k_cache"].isnan().all(-1)[..., 0]
+    assert written.sum() == T + 1
 
 
 def test_an_fp8_cache_holds_keys_that_were_rounded_before(device):
@@ -108,7 +133,7 @@ def test_padding_writes_nothing(slot, device):
     kwargs, copies = _inputs(2, 2, 2, 16, torch.float32, device)
     kwargs["slot_mapping"][:] = slot
     kwargs["q_out"] = torch.full((2, 2, 16), 7.0, device=device)
-    check_against_reference("rope_kv_write", "rope_kv_write", **kwargs, fill_copies=copies)
+    check_against_reference("rope_kv_write", "rope_kv_write", **kwargs, **copies)
     assert (kwargs["q_out"] == 7).all()
     assert kwargs["k_cache"].isnan().all() and kwargs["v_cache"].isnan().all()
 
@@ -130,6 +155,7 @@ def test_the_position_of_padding_is_not_read(device):
         ("v_cache", lambda k: {"v_cache": k["v_cache"].half()}),
         ("k_scale", lambda k: {"k_scale": torch.ones(1)}),
         ("fill_copies", lambda k: {"fill_copies": torch.zeros(3)}),
+        ("fill_copies", lambda k: {"fill_copies": torch.zeros(3, dtype=torch.int32)}),
         ("q_out", lambda k: {"q_out": torch.zeros(3, 4, 16, dtype=torch.half)}),
     ],
 )

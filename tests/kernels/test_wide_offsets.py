@@ -55,6 +55,12 @@ def test_exit_gate(vast, device):
     )
 
 
+def _tables(vast, dim, pages, device):
+    """[3, 3, 1], by loop and request, the pages of `pages` [3] by loop."""
+    table = _ints([[[page]] * N for page in pages], device)
+    return vast.place(table, dim)
+
+
 def _caches(vast, dim, device):
     """Pages of three positions of three heads."""
     return {
@@ -81,6 +87,9 @@ def test_rope_kv_write(dim, vast, device):
         slot_mapping=_ints([0, 2, 7], device, torch.int64),
         **_caches(vast, dim, device),
         q_out=vast.place(_randn(N, 3, 16, device=device), 0),
+        fill_copies=_ints([1, 0, 1], device),
+        block_table=_tables(vast, dim % 2, [0, 1, 1], device),
+        loop=_ints([0, 0, 1], device),
     )
 
 
@@ -93,11 +102,10 @@ def test_loop_decode_attention(q_heads, dim, vast, device):
         "loop_decode_attention",
         q=vast.place(_randn(N, q_heads, 16, device=device), 0),
         **_caches(vast, dim, device),
-        block_table=vast.place(_ints([[0]] * N, device), 0),
+        block_table=_tables(vast, dim % 2, [0, 1, 2], device),
         row_to_request=_ints([0, 1, 2], device),
         loop=_ints([0, 1, 2], device),
         seq_lens=_ints([3] * N, device),
-        total_loops=3,
         scale=0.25,
         out=vast.place(_randn(N, q_heads, 16, device=device), 0),
     )
@@ -110,31 +118,31 @@ def test_standin_fill(dim, vast, device):
         "standin_fill",
         "standin_fill",
         table=CacheTable(*([pair[name] for pair in caches] for name in ("k_cache", "v_cache"))),
+        block_table=_tables(vast, dim % 2, [0, 1, 2], device),
         slot_mapping=_ints([0, 1, 5], device, torch.int64),
+        positions=_ints([0, 1, 2], device, torch.int64),
         loop=_ints([0, 0, 1], device),
-        exit_mask=torch.tensor([True, False, True], device=device),
-        total_loops=3,
+        copies=_ints([2, 0, 1], device),
     )
 
 
-def test_next_pass(vast, device):
+@pytest.mark.parametrize("dim", range(2), ids=["loops", "requests"])
+def test_next_pass(dim, vast, device):
     check_against_reference(
         "next_pass",
         "next_pass",
         hidden=vast.place(_randn(N, 16, device=device), 0),
         tokens=_ints([0, 1, 2], device),
         embedding=vast.place(_randn(N, 16, device=device), 0),
-        exit_mask=torch.ones(N, dtype=torch.bool, device=device),
+        exit_mask=torch.tensor([True, True, False], device=device),
         active=torch.ones(N, dtype=torch.bool, device=device),
-        loop=_ints([0] * N, device),
+        loop=_ints([0, 0, 1], device),
         positions=_ints([0] * N, device),
         survival=torch.ones(N, device=device),
         depth=_ints([1] * N, device),
-        block_table=vast.place(_ints([[5], [6], [7]], device), 0),
+        block_table=_tables(vast, dim, [5, 6, 7], device),
         slot_mapping=_ints([0] * N, device, torch.int64),
         seq_lens=_ints([0] * N, device),
         block_size=4,
-        total_loops=4,
         row_to_request=_ints([0, 1, 2], device),
-        row_blocks=vast.place(_ints([[0]] * N, device), 0),
     )

@@ -34,8 +34,7 @@ def test_a_request_runs_the_loops_that_it_can_read(
 
 def test_pages_of_a_generated_position_by_mode() -> None:
     every = {"auto": 4, "skip": 4, "exact": 4, "lossless": 4}
-    assert pages_per_token(4, by_loop=True) == every | {"shared": 1}
-    assert pages_per_token(4, by_loop=False) == every
+    assert pages_per_token(4) == every | {"shared": 1}
 
 
 def test_forced_depths_are_limits_of_the_tokens_to_come() -> None:

@@ -14,8 +14,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, UniformTypeKVCacheSpecs
 from vllm.v1.request import RequestStatus
 
-from ouro_runtime.engine import admission
-from ouro_runtime.engine.cpu import pages
+from ouro_runtime.engine import admission, pages
 from ouro_runtime.model.loop_cache import LoopSpec
 
 LOOPS, BLOCK, PAGES = 4, 32, 200

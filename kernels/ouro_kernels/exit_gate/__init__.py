@@ -22,6 +22,7 @@ def exit_gate(
     exit_mask: torch.Tensor | None = None,
     read_mask: torch.Tensor | None = None,
     history: torch.Tensor | None = None,
+    deepest: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply the exit rule to the N rows of a pass; return (exit_mask, read_mask), bool [N].
 
@@ -29,12 +30,13 @@ def exit_gate(
     fp32. loop [N] int32: the loop just run, 0-based, so n = loop + 1 loops are done.
     With lambda = sigmoid(h . weight + bias), survival [N] fp32 (1 before loop 0) is multiplied by
     1 - lambda in place. The rule fires at the first n where 1 - survival >= threshold (fp32 [N];
-    >= 1 turns the gate off) and n >= min_loops, or n >= max_loops (both int32 [N]), or n == T.
+    >= 1 turns the gate off) and n >= min_loops, or n >= max_loops (both int32 [N]), or n is the
+    row's last loop: `deepest` (int32 [N]), T if it is not given.
 
     depth [N] int32 is updated in place: 0 until the rule fires, then that n.
     read_mask: the rule fired in this very pass, so the row is read out and sampled now.
     exit_mask: the row leaves the column of cells. Rows of `run_all` (bool [N]: prompt positions,
-    `exact` mode) leave only at T; for all others the two masks are the same.
+    `exact` mode) leave only at their last loop; for all others the two masks are the same.
     history fp32 [N, T], if given: the new survival is also kept in column `loop` of its row.
     Rows that are not `active` (bool [N]): both masks False, all else untouched.
     """
@@ -52,6 +54,7 @@ def exit_gate(
         ("max_loops", max_loops),
     ):
         check(name, tensor, (rows,), torch.int32, device)
+    check_optional("deepest", deepest, (rows,), torch.int32, device)
     for name, mask in (
         ("run_all", run_all),
         ("active", active),
@@ -77,4 +80,5 @@ def exit_gate(
         exit_mask,
         read_mask,
         history,
+        deepest,
     )

@@ -19,6 +19,7 @@ def exit_gate(
     exit_mask=None,
     read_mask=None,
     history=None,
+    deepest=None,
 ):
     everyone = torch.ones_like(loop, dtype=torch.bool)
     active = everyone if active is None else active
@@ -26,10 +27,11 @@ def exit_gate(
     gate = torch.sigmoid(h.float() @ weight.float() + bias.float())
     left = survival * (1 - gate)
     n = loop + 1
+    last = n >= (total_loops if deepest is None else deepest)
     by_gate = (threshold < 1) & (1 - left >= threshold) & (n >= min_loops)
-    fires = by_gate | (n >= max_loops) | (n >= total_loops)
+    fires = by_gate | (n >= max_loops) | last
     reads = active & fires & (depth == 0)
-    leaves = active & torch.where(run_all, n >= total_loops, fires)
+    leaves = active & torch.where(run_all, last, fires)
     survival.copy_(torch.where(active, left, survival))
     depth.copy_(torch.where(reads, n, depth))
     if history is not None:

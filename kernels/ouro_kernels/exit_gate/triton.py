@@ -23,6 +23,7 @@ def _exit_gate_kernel(
     exit_mask,
     read_mask,
     history,
+    deepest,
     h_stride,
     history_stride,
     size,
@@ -30,6 +31,7 @@ def _exit_gate_kernel(
     HAS_RUN_ALL: tl.constexpr,
     HAS_ACTIVE: tl.constexpr,
     HAS_HISTORY: tl.constexpr,
+    HAS_DEEPEST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -49,7 +51,10 @@ def _exit_gate_kernel(
     n = done + 1
     limit = tl.load(threshold + row)
     by_gate = (limit < 1.0) & (1.0 - left >= limit) & (n >= tl.load(min_loops + row))
-    last = n >= total_loops
+    most = total_loops
+    if HAS_DEEPEST:
+        most = tl.load(deepest + row)
+    last = n >= most
     fires = by_gate | (n >= tl.load(max_loops + row)) | last
     seen = tl.load(depth + row)
     reads = fires & (seen == 0)
@@ -80,6 +85,7 @@ def exit_gate(
     exit_mask=None,
     read_mask=None,
     history=None,
+    deepest=None,
 ):
     rows, size = h.shape
     if exit_mask is None:
@@ -104,6 +110,7 @@ def exit_gate(
         as_bytes(exit_mask),
         as_bytes(read_mask),
         history,
+        deepest,
         h.stride(0),
         0 if history is None else history.stride(0),
         size,
@@ -111,6 +118,7 @@ def exit_gate(
         HAS_RUN_ALL=run_all is not None,
         HAS_ACTIVE=active is not None,
         HAS_HISTORY=history is not None,
+        HAS_DEEPEST=deepest is not None,
         BLOCK=block,
         num_warps=min(max(block // 256, 1), 16),
     )

@@ -1,4 +1,4 @@
-"""Decode attention over loop-interleaved pages, for cells of mixed requests and loops."""
+"""Decode attention over pages by loop, for cells of mixed requests and loops."""
 
 import torch
 
@@ -28,7 +28,6 @@ def loop_decode_attention(
     block_table: torch.Tensor,
     loop: torch.Tensor,
     seq_lens: torch.Tensor,
-    total_loops: int,
     scale: float,
     row_to_request: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
@@ -40,8 +39,8 @@ def loop_decode_attention(
 
     q [N, Hq, D]. k_cache, v_cache: views [pages, block_size, Hkv, D] of any strides, D dense, of
     q's dtype or float8_e4m3fn (then k_scale and v_scale, fp32 device scalars). Hq is a multiple of
-    Hkv. block_table [R, max_blocks] int32 holds LOGICAL blocks; row n reads request
-    row_to_request[n] (int32 [N]; default n) at pages block * total_loops + loop[n] (int32 [N]).
+    Hkv. block_table [T, R, max_blocks] int32: row n reads the pages block_table[loop[n], r], loop
+    int32 [N], of request r = row_to_request[n] (int32 [N]; default n).
     seq_lens [N] int32: positions to read, the row's own included (its K/V must be written). A row
     of length 0 is padding: its output is zeros, its q and table are not read.
     num_splits: default `choose_splits` for the table's full width.
@@ -53,17 +52,16 @@ def loop_decode_attention(
     kv_heads = k_cache.shape[2]
     grouped = kv_heads > 0 and q_heads % kv_heads == 0
     require(grouped, "q", f"{q_heads} heads are no multiple of {kv_heads} K/V heads")
-    check("block_table", block_table, (None, None), torch.int32, device)
+    check("block_table", block_table, (None, None, None), torch.int32, device)
     check("loop", loop, (rows,), torch.int32, device)
     check("seq_lens", seq_lens, (rows,), torch.int32, device)
     check_optional("row_to_request", row_to_request, (rows,), torch.int32, device)
     if row_to_request is None:
-        fits = block_table.shape[0] >= rows
-        require(fits, "block_table", f"{block_table.shape[0]} rows for {rows} queries")
+        fits = block_table.shape[1] >= rows
+        require(fits, "block_table", f"{block_table.shape[1]} rows for {rows} queries")
     check_optional("out", out, (rows, q_heads, head_dim), q.dtype, device)
-    require(total_loops >= 1, "total_loops", f"must be at least 1, got {total_loops}")
     if num_splits is None:
-        num_splits = choose_splits(rows, kv_heads, block_table.shape[1] * k_cache.shape[1])
+        num_splits = choose_splits(rows, kv_heads, block_table.shape[2] * k_cache.shape[1])
     power = num_splits >= 1 and num_splits & (num_splits - 1) == 0
     require(power, "num_splits", f"must be a power of two, got {num_splits}")
     return backend("loop_decode_attention", q).loop_decode_attention(
@@ -73,7 +71,6 @@ def loop_decode_attention(
         block_table,
         loop,
         seq_lens,
-        total_loops,
         scale,
         row_to_request,
         k_scale,

@@ -15,7 +15,6 @@ def loop_decode_attention(
     block_table,
     loop,
     seq_lens,
-    total_loops,
     scale,
     row_to_request=None,
     k_scale=None,
@@ -30,8 +29,7 @@ def loop_decode_attention(
             out[row] = 0
             continue
         request = row if row_to_request is None else int(row_to_request[row])
-        blocks = block_table[request, : -(-length // block_size)].long()
-        pages = blocks * total_loops + loop[row]
+        pages = block_table[loop[row], request, : -(-length // block_size)].long()
         k = _gather(k_cache, pages, length, k_scale)
         v = _gather(v_cache, pages, length, v_scale)
         grouped = q[row].float().unflatten(0, (kv_heads, -1))

@@ -23,10 +23,16 @@ def _span(length, split, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _locate(table, position, mask, loop, total_loops, block_size):
+def _pages(block_table, loop, request, stride_loop, stride_row):
+    """Where a request's pages at a loop are listed."""
+    return block_table + loop * stride_loop + request * stride_row
+
+
+@triton.jit
+def _locate(table, position, mask, block_size):
     """(page, offset) of logical positions, int64."""
-    block = tl.load(table + position // block_size, mask=mask, other=0).to(tl.int64)
-    return block * total_loops + loop, (position % block_size).to(tl.int64)
+    page = tl.load(table + position // block_size, mask=mask, other=0).to(tl.int64)
+    return page, (position % block_size).to(tl.int64)
 
 
 @triton.jit
@@ -50,11 +56,11 @@ def _attend_mha_kernel(
     v_stride_page,
     v_stride_offset,
     v_stride_head,
-    table_stride,
+    table_stride_loop,
+    table_stride_row,
     out_stride_row,
     out_stride_head,
     out_stride_split,
-    total_loops,
     block_size,
     scale,
     D: tl.constexpr,
@@ -82,8 +88,8 @@ def _attend_mha_kernel(
     request = row
     if HAS_MAP:
         request = tl.load(row_to_request + row).to(tl.int64)
-    table = block_table + request * table_stride
     this_loop = tl.load(loop + row).to(tl.int64)
+    table = _pages(block_table, this_loop, request, table_stride_loop, table_stride_row)
     factor = scale
     if FP8:
         factor = scale * tl.load(k_scale)
@@ -97,7 +103,7 @@ def _attend_mha_kernel(
     for first in range(start, end, BLOCK_N):
         position = first + tl.arange(0, BLOCK_N)
         valid = position < end
-        page, offset = _locate(table, position, valid, this_loop, total_loops, block_size)
+        page, offset = _locate(table, position, valid, block_size)
         mask = valid[:, None] & inside[None, :]
         k_at = (page * k_stride_page + offset * k_stride_offset)[:, None] + col[None, :]
         v_at = (page * v_stride_page + offset * v_stride_offset)[:, None] + col[None, :]
@@ -144,11 +150,11 @@ def _attend_gqa_kernel(
     v_stride_page,
     v_stride_offset,
     v_stride_head,
-    table_stride,
+    table_stride_loop,
+    table_stride_row,
     out_stride_row,
     out_stride_head,
     out_stride_split,
-    total_loops,
     block_size,
     scale,
     D: tl.constexpr,
@@ -182,8 +188,8 @@ def _attend_gqa_kernel(
     request = row
     if HAS_MAP:
         request = tl.load(row_to_request + row).to(tl.int64)
-    table = block_table + request * table_stride
     this_loop = tl.load(loop + row).to(tl.int64)
+    table = _pages(block_table, this_loop, request, table_stride_loop, table_stride_row)
     factor = scale
     if FP8:
         factor = scale * tl.load(k_scale)
@@ -197,7 +203,7 @@ def _attend_gqa_kernel(
     for first in range(start, end, BLOCK_N):
         position = first + tl.arange(0, BLOCK_N)
         valid = position < end
-        page, offset = _locate(table, position, valid, this_loop, total_loops, block_size)
+        page, offset = _locate(table, position, valid, block_size)
         mask = valid[:, None] & (col[None, :] < D)
         k_at = (page * k_stride_page + offset * k_stride_offset)[:, None] + col[None, :]
         v_at = (page * v_stride_page + offset * v_stride_offset)[:, None] + col[None, :]
@@ -255,7 +261,6 @@ def loop_decode_attention(
     block_table,
     loop,
     seq_lens,
-    total_loops,
     scale,
     row_to_request=None,
     k_scale=None,
@@ -304,9 +309,8 @@ def loop_decode_attention(
         q.stride(1),
         *k_cache.stride()[:3],
         *v_cache.stride()[:3],
-        block_table.stride(0),
+        *block_table.stride()[:2],
         *strides,
-        total_loops,
         block_size,
         scale * LOG2_E,
         **sizes,

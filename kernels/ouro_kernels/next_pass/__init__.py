@@ -20,25 +20,23 @@ def next_pass(
     slot_mapping: torch.Tensor,
     seq_lens: torch.Tensor,
     block_size: int,
-    total_loops: int,
     finished: torch.Tensor | None = None,
     position_limit: torch.Tensor | None = None,
     row_to_request: torch.Tensor | None = None,
     run_all: torch.Tensor | None = None,
-    row_blocks: torch.Tensor | None = None,
     fill_copies: torch.Tensor | None = None,
+    deepest: torch.Tensor | None = None,
 ) -> None:
     """Advance N rows by one pass. Everything is updated in place and nothing is returned.
 
     State, in and out: hidden [N, H] (the normed state), active bool [N], loop int32 [N] (0-based),
     positions int32 or int64 [N], survival fp32 [N], depth int32 [N].
     Read: tokens int32 or int64 [N] (just sampled; looked at where exit_mask is set), embedding
-    [V, H], exit_mask bool [N] (of `exit_gate`), block_table int32 [R, max_blocks] (logical),
+    [V, H], exit_mask bool [N] (of `exit_gate`), block_table int32 [T, R, max_blocks],
     row_to_request int32 [N] (default: the row's number).
-    Written: slot_mapping int64 [N], seq_lens int32 [N] (the new cell's own position included), and
-    if given row_blocks int32 [N, >= max_blocks] (block * T + loop, for the blocks that seq_lens
-    covers; the rest of a row is left alone) and fill_copies int32 [N] (`rope_kv_write`'s: T - 1 -
-    loop, 0 for rows of `run_all`).
+    Written: slot_mapping int64 [N] (in the new loop's page), seq_lens int32 [N] (the new cell's own
+    position included), and if given fill_copies int32 [N] (`rope_kv_write`'s: D - 1 - loop, where D
+    is `deepest` int32 [N], T if it is not given; 0 for rows of `run_all`).
 
     A row that stays keeps its hidden state and goes one loop deeper. A row that leaves starts the
     next position: loop 0, survival 1, depth 0, hidden = embedding[token]; unless it is
@@ -57,23 +55,22 @@ def next_pass(
     check("positions", positions, (rows,), INTS, device)
     check("survival", survival, (rows,), torch.float32, device)
     check("slot_mapping", slot_mapping, (rows,), torch.int64, device)
-    check("block_table", block_table, (None, None), torch.int32, device)
+    check("block_table", block_table, (None, None, None), torch.int32, device)
     for name, tensor in (("loop", loop), ("depth", depth), ("seq_lens", seq_lens)):
         check(name, tensor, (rows,), torch.int32, device)
-    for name, tensor in (("row_to_request", row_to_request), ("fill_copies", fill_copies)):
+    for name, tensor in (
+        ("row_to_request", row_to_request),
+        ("fill_copies", fill_copies),
+        ("deepest", deepest),
+    ):
         check_optional(name, tensor, (rows,), torch.int32, device)
     for name, tensor in (("finished", finished), ("run_all", run_all)):
         check_optional(name, tensor, (rows,), torch.bool, device)
     check_optional("position_limit", position_limit, (rows,), positions.dtype, device)
-    check_optional("row_blocks", row_blocks, (rows, None), torch.int32, device)
-    if row_blocks is not None:
-        wide = row_blocks.shape[1] >= block_table.shape[1]
-        require(wide, "row_blocks", f"width {row_blocks.shape[1]} < {block_table.shape[1]}")
     if row_to_request is None:
-        fits = block_table.shape[0] >= rows
-        require(fits, "block_table", f"{block_table.shape[0]} rows for {rows} cells")
+        fits = block_table.shape[1] >= rows
+        require(fits, "block_table", f"{block_table.shape[1]} rows for {rows} cells")
     require(block_size >= 1, "block_size", f"must be at least 1, got {block_size}")
-    require(total_loops >= 1, "total_loops", f"must be at least 1, got {total_loops}")
     backend("next_pass", hidden).next_pass(
         hidden,
         tokens,
@@ -88,11 +85,10 @@ def next_pass(
         slot_mapping,
         seq_lens,
         block_size,
-        total_loops,
         finished,
         position_limit,
         row_to_request,
         run_all,
-        row_blocks,
         fill_copies,
+        deepest,
     )

@@ -17,13 +17,12 @@ def next_pass(
     slot_mapping,
     seq_lens,
     block_size,
-    total_loops,
     finished=None,
     position_limit=None,
     row_to_request=None,
     run_all=None,
-    row_blocks=None,
     fill_copies=None,
+    deepest=None,
 ):
     leaves = active & exit_mask
     stays = active & ~exit_mask
@@ -47,11 +46,9 @@ def next_pass(
     for row in active.nonzero().squeeze(1).tolist():
         request = row if row_to_request is None else int(row_to_request[row])
         position, t = int(positions[row]), int(loop[row])
-        page = int(block_table[request, position // block_size]) * total_loops + t
+        page = int(block_table[t, request, position // block_size])
         slot_mapping[row] = page * block_size + position % block_size
         seq_lens[row] = position + 1
         if fill_copies is not None and not (run_all is not None and bool(run_all[row])):
-            fill_copies[row] = total_loops - 1 - t
-        if row_blocks is not None:
-            count = position // block_size + 1
-            row_blocks[row, :count] = block_table[request, :count] * total_loops + t
+            last = block_table.shape[0] if deepest is None else int(deepest[row])
+            fill_copies[row] = last - 1 - t

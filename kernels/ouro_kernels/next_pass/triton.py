@@ -26,12 +26,12 @@ def _next_pass_kernel(
     position_limit,
     row_to_request,
     run_all,
-    row_blocks,
     fill_copies,
+    deepest,
     hidden_stride,
     embedding_stride,
-    table_stride,
-    row_blocks_stride,
+    table_stride_loop,
+    table_stride_row,
     size,
     block_size,
     total_loops,
@@ -39,8 +39,8 @@ def _next_pass_kernel(
     HAS_LIMIT: tl.constexpr,
     HAS_MAP: tl.constexpr,
     HAS_RUN_ALL: tl.constexpr,
-    HAS_ROW_BLOCKS: tl.constexpr,
     HAS_COPIES: tl.constexpr,
+    HAS_DEEPEST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -79,21 +79,16 @@ def _next_pass_kernel(
         request = row
         if HAS_MAP:
             request = tl.load(row_to_request + row).to(tl.int64)
-        table = block_table + request * table_stride
-        last = position // block_size
-        page = tl.load(table + last).to(tl.int64) * total_loops + t
+        table = block_table + t.to(tl.int64) * table_stride_loop + request * table_stride_row
+        page = tl.load(table + position // block_size).to(tl.int64)
         slot = page * block_size + position % block_size
         length = (position + 1).to(tl.int32)
-        copies = total_loops - 1 - t
+        last = total_loops
+        if HAS_DEEPEST:
+            last = tl.load(deepest + row)
+        copies = last - 1 - t
         if HAS_RUN_ALL:
             copies = tl.where(tl.load(run_all + row) != 0, 0, copies)
-        if HAS_ROW_BLOCKS:
-            for first in range(0, last + 1, BLOCK):
-                entry = first + tl.arange(0, BLOCK)
-                mask = entry <= last
-                block = tl.load(table + entry, mask=mask, other=0)
-                target = row_blocks + row * row_blocks_stride + entry
-                tl.store(target, block * total_loops + t, mask=mask)
     tl.store(slot_mapping + row, slot)
     tl.store(seq_lens + row, length)
     if HAS_COPIES:
@@ -114,13 +109,12 @@ def next_pass(
     slot_mapping,
     seq_lens,
     block_size,
-    total_loops,
     finished=None,
     position_limit=None,
     row_to_request=None,
     run_all=None,
-    row_blocks=None,
     fill_copies=None,
+    deepest=None,
 ):
     rows, size = hidden.shape
     block = min(pow2(size), TILE)
@@ -143,21 +137,20 @@ def next_pass(
         position_limit,
         row_to_request,
         as_bytes(run_all),
-        row_blocks,
         fill_copies,
+        deepest,
         hidden.stride(0),
         embedding.stride(0),
-        block_table.stride(0),
-        0 if row_blocks is None else row_blocks.stride(0),
+        *block_table.stride()[:2],
         size,
         block_size,
-        total_loops,
+        block_table.shape[0],
         HAS_FINISHED=finished is not None,
         HAS_LIMIT=position_limit is not None,
         HAS_MAP=row_to_request is not None,
         HAS_RUN_ALL=run_all is not None,
-        HAS_ROW_BLOCKS=row_blocks is not None,
         HAS_COPIES=fill_copies is not None,
+        HAS_DEEPEST=deepest is not None,
         BLOCK=block,
         num_warps=min(max(block // 256, 1), 8),
     )

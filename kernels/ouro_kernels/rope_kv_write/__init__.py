@@ -17,6 +17,9 @@ def rope_kv_write(
     v_scale: torch.Tensor | None = None,
     fill_copies: torch.Tensor | None = None,
     q_out: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    loop: torch.Tensor | None = None,
+    row_to_request: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return q [N, Hq, D] after RoPE; write K (after RoPE) and V to the rows' slots.
 
@@ -27,9 +30,11 @@ def rope_kv_write(
     slot_mapping [N] int64; a row whose slot is negative is skipped: neither caches nor q_out are
     written (and its position is not read).
 
-    fill_copies [N] int32: stand-in copies for the deeper loops, written to slot + j * block_size
-    for j = 1..fill_copies. A row that may leave at any loop passes T - 1 - loop, a prompt row 0;
-    then an exit has nothing left to do.
+    fill_copies [N] int32: stand-in copies for the deeper loops. They are written for the same
+    position of the same request (`row_to_request` int32 [N]; default the row's number) to the pages
+    that block_table [T, R, max_blocks] int32 has for loops loop + 1 .. loop + fill_copies (loop
+    int32 [N], 0-based, the row's own); not where that is the row's own page. A row that may leave
+    at any loop passes T - 1 - loop, a prompt row 0; then an exit has nothing left to do.
     """
     check("qkv", qkv, (None, None), FLOATS, qkv.device)
     rows, device = qkv.shape[0], qkv.device
@@ -44,6 +49,12 @@ def rope_kv_write(
     packs = q_heads > 0 and qkv.shape[1] == (q_heads + 2 * kv_heads) * head_dim
     require(packs, "qkv", f"width {qkv.shape[1]} does not fit {kv_heads} K/V heads of {head_dim}")
     check_optional("fill_copies", fill_copies, (rows,), torch.int32, device)
+    if fill_copies is not None:
+        if block_table is None or loop is None:
+            raise ValueError("fill_copies: needs block_table and loop")
+        check("block_table", block_table, (None, None, None), torch.int32, device)
+        check("loop", loop, (rows,), torch.int32, device)
+        check_optional("row_to_request", row_to_request, (rows,), torch.int32, device)
     check_optional("q_out", q_out, (rows, q_heads, head_dim), qkv.dtype, device)
     return backend("rope_kv_write", qkv).rope_kv_write(
         qkv,
@@ -56,4 +67,7 @@ def rope_kv_write(
         v_scale,
         fill_copies,
         q_out,
+        block_table,
+        loop,
+        row_to_request,
     )

@@ -27,6 +27,9 @@ def rope_kv_write(
     v_scale=None,
     fill_copies=None,
     q_out=None,
+    block_table=None,
+    loop=None,
+    row_to_request=None,
 ):
     rows = qkv.shape[0]
     _, block_size, kv_heads, head_dim = k_cache.shape
@@ -44,7 +47,11 @@ def rope_kv_write(
     copies = torch.zeros_like(slots) if fill_copies is None else fill_copies[live].long()
     for j in range(int(copies.max()) + 1 if len(live) else 0):
         rows_j = copies >= j
-        pages, offset = slots[rows_j] // block_size + j, slots[rows_j] % block_size
+        pages, offset = slots[rows_j] // block_size, slots[rows_j] % block_size
+        if j:
+            at = live[rows_j]
+            request = at if row_to_request is None else row_to_request[at].long()
+            pages = block_table[loop[at].long() + j, request, positions[at] // block_size].long()
         # fp8 has no index assignment on every build; the bytes do.
         for cache, new in ((k_cache, k), (v_cache, v)):
             same = torch.uint8 if cache.dtype.itemsize == 1 else cache.dtype

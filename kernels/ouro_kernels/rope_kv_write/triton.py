@@ -28,8 +28,11 @@ def _rope_kv_write_kernel(
     v_scale,
     fill_copies,
     q_out,
+    block_table,
+    loop,
+    row_to_request,
     qkv_stride,
-    table_stride,
+    cos_sin_stride,
     q_stride_row,
     q_stride_head,
     k_stride_page,
@@ -38,6 +41,8 @@ def _rope_kv_write_kernel(
     v_stride_page,
     v_stride_offset,
     v_stride_head,
+    table_stride_loop,
+    table_stride_row,
     block_size,
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -46,6 +51,7 @@ def _rope_kv_write_kernel(
     GROUP: tl.constexpr,
     FP8: tl.constexpr,
     HAS_COPIES: tl.constexpr,
+    HAS_MAP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
@@ -55,9 +61,10 @@ def _rope_kv_write_kernel(
     q_groups: tl.constexpr = (Q_HEADS + GROUP - 1) // GROUP
     half: tl.constexpr = D // 2
     lane = tl.arange(0, HALF)
-    table = cos_sin + tl.load(positions + row).to(tl.int64) * table_stride + lane
-    cos = tl.load(table, mask=lane < half, other=0.0).to(tl.float32)[None, :]
-    sin = tl.load(table + half, mask=lane < half, other=0.0).to(tl.float32)[None, :]
+    position = tl.load(positions + row).to(tl.int64)
+    angles = cos_sin + position * cos_sin_stride + lane
+    cos = tl.load(angles, mask=lane < half, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(angles + half, mask=lane < half, other=0.0).to(tl.float32)[None, :]
     dtype: tl.constexpr = qkv.dtype.element_ty
     packed = qkv + row * qkv_stride
     if group < q_groups:
@@ -86,20 +93,31 @@ def _rope_kv_write_kernel(
         page = slot // block_size
         offset = slot % block_size
         head64 = head.to(tl.int64)[:, None]
-        k_row = k_cache + page * k_stride_page + offset * k_stride_offset
-        v_row = v_cache + page * v_stride_page + offset * v_stride_offset
-        k_to = k_row + head64 * k_stride_head + lane[None, :]
-        v_to = v_row + head64 * v_stride_head + lane[None, :]
-        copies = 0
+        k_in = k_cache + offset * k_stride_offset + head64 * k_stride_head + lane[None, :]
+        v_in = v_cache + offset * v_stride_offset + head64 * v_stride_head + lane[None, :]
+        k_to = k_in + page * k_stride_page
+        v_to = v_in + page * v_stride_page
+        tl.store(k_to, k_low, mask=mask)
+        tl.store(k_to + half, k_high, mask=mask)
+        tl.store(v_to, v_low, mask=mask)
+        tl.store(v_to + half, v_high, mask=mask)
         if HAS_COPIES:
-            copies = tl.load(fill_copies + row)
-        for _ in range(copies + 1):
-            tl.store(k_to, k_low, mask=mask)
-            tl.store(k_to + half, k_high, mask=mask)
-            tl.store(v_to, v_low, mask=mask)
-            tl.store(v_to + half, v_high, mask=mask)
-            k_to += k_stride_page
-            v_to += v_stride_page
+            request = row
+            if HAS_MAP:
+                request = tl.load(row_to_request + row).to(tl.int64)
+            own = tl.load(loop + row).to(tl.int64)
+            entry = block_table + own * table_stride_loop + request * table_stride_row
+            entry += position // block_size
+            for _ in range(tl.load(fill_copies + row)):
+                entry += table_stride_loop
+                deeper = tl.load(entry).to(tl.int64)
+                if deeper != page:
+                    k_deeper = k_in + deeper * k_stride_page
+                    v_deeper = v_in + deeper * v_stride_page
+                    tl.store(k_deeper, k_low, mask=mask)
+                    tl.store(k_deeper + half, k_high, mask=mask)
+                    tl.store(v_deeper, v_low, mask=mask)
+                    tl.store(v_deeper + half, v_high, mask=mask)
 
 
 def rope_kv_write(
@@ -113,6 +131,9 @@ def rope_kv_write(
     v_scale=None,
     fill_copies=None,
     q_out=None,
+    block_table=None,
+    loop=None,
+    row_to_request=None,
 ):
     rows = qkv.shape[0]
     _, block_size, kv_heads, head_dim = k_cache.shape
@@ -133,12 +154,16 @@ def rope_kv_write(
         v_scale,
         fill_copies,
         q_out,
+        block_table,
+        loop,
+        row_to_request,
         qkv.stride(0),
         cos_sin.stride(0),
         q_out.stride(0),
         q_out.stride(1),
         *k_cache.stride()[:3],
         *v_cache.stride()[:3],
+        *((0, 0) if fill_copies is None else block_table.stride()[:2]),
         block_size,
         Q_HEADS=q_heads,
         KV_HEADS=kv_heads,
@@ -147,6 +172,7 @@ def rope_kv_write(
         GROUP=HEADS_PER_PROGRAM,
         FP8=k_scale is not None,
         HAS_COPIES=fill_copies is not None,
+        HAS_MAP=row_to_request is not None,
         num_warps=2,
     )
     return q_out

@@ -1,11 +1,11 @@
-"""Stand-in fill: a leaving row's K/V into the deeper loops' slots, all layers in one launch."""
+"""Stand-in fill: a leaving row's K/V into the deeper loops' pages, all layers in one launch."""
 
 from collections.abc import Sequence
 
 import torch
 
 from ouro_kernels._backend import backend
-from ouro_kernels._checks import check, require
+from ouro_kernels._checks import check, check_optional, require
 
 
 class CacheTable:
@@ -44,23 +44,29 @@ class CacheTable:
 
 def standin_fill(
     table: CacheTable,
+    block_table: torch.Tensor,
     slot_mapping: torch.Tensor,
+    positions: torch.Tensor,
     loop: torch.Tensor,
-    exit_mask: torch.Tensor,
-    total_loops: int,
+    copies: torch.Tensor,
+    row_to_request: torch.Tensor | None = None,
 ) -> None:
-    """Copy, in every layer, the K/V at a leaving row's slot to its deeper loops' slots.
+    """Copy, in every layer, the K/V at a leaving row's slot to its deeper loops' pages.
 
-    slot_mapping [N] int64 and loop [N] int32 are those of the pass that the rows of exit_mask
-    (bool [N]) leave: loop = depth - 1, and targets are slot + j * block_size for
-    j = 1..total_loops - 1 - loop. Rows that stay, rows at the last loop and rows with a negative
-    slot write nothing.
+    slot_mapping [N] int64, positions [N] int64 and loop [N] int32 are those of the pass that rows
+    leave: loop = depth - 1. Targets are the same position of the same request (`row_to_request`
+    int32 [N]; default the row's number) in the pages that block_table [T, R, max_blocks] int32 has
+    for loops loop + 1 .. loop + copies (int32 [N]; 0 or less for rows that stay). Where that is the
+    row's own page, and for rows with a negative slot, nothing is written.
     """
-    check("slot_mapping", slot_mapping, (None,), torch.int64, table.addresses.device)
-    rows, device = slot_mapping.shape[0], slot_mapping.device
+    device = table.addresses.device
+    check("slot_mapping", slot_mapping, (None,), torch.int64, device)
+    rows = slot_mapping.shape[0]
+    check("block_table", block_table, (None, None, None), torch.int32, device)
+    check("positions", positions, (rows,), torch.int64, device)
     check("loop", loop, (rows,), torch.int32, device)
-    check("exit_mask", exit_mask, (rows,), torch.bool, device)
-    require(total_loops >= 1, "total_loops", f"must be at least 1, got {total_loops}")
+    check("copies", copies, (rows,), torch.int32, device)
+    check_optional("row_to_request", row_to_request, (rows,), torch.int32, device)
     backend("standin_fill", slot_mapping).standin_fill(
-        table, slot_mapping, loop, exit_mask, total_loops
+        table, block_table, slot_mapping, positions, loop, copies, row_to_request
     )

@@ -32,10 +32,10 @@ from ouro_runtime.cache.standin import StandIns
 from ouro_runtime.config import LoopConfig
 from ouro_runtime.engine.cpu.adapters import RowAdapters
 from ouro_runtime.engine.cpu.gates import GateManager
-from ouro_runtime.engine.cpu.pages import join_tables
 from ouro_runtime.engine.cpu.row_state import follow_budgets
 from ouro_runtime.engine.cpu.sampler import SettledSampler, StepSampler
 from ouro_runtime.engine.cpu.step import CPUStep
+from ouro_runtime.engine.pages import join_tables
 from ouro_runtime.engine.pin import check_parameters
 from ouro_runtime.engine.requests import LoopRequest
 from ouro_runtime.loop.executor import StepExecutor

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -29,12 +30,14 @@ class StepInputs:
         lanes: R.
         head_rows: [R] int64, the row of each lane; None if row i is lane i (then N = R).
         input_ids: [N] integer, the rows' tokens; embedded: [N, H]. positions: [N] int64.
-        logical: [N] int64, each row's slot in a cache of one loop; negative: it has none.
+        slots: [T, N] int64, each row's slot by loop; read where N > R.
+        parts: by pass, the rows that run, see `RowPart`; read where N > R.
         candidates: per pass the plan's candidates on the device, None where there are none.
         plain: the piece "read" serves every read-out of the step.
         padded: rows to run when N > R: N or more.
         row_stop: [N] int32, loops after which a row's K/V stand in for its deeper ones (positions
-            computed again after a preemption); None if all rows run every loop.
+            computed again after a preemption); None if there are none. row_request: [N] int32,
+            the request of each row in the batch; given with it.
         defer: [R] bool, lanes sampled after the step (their tokens need the host); None if none.
         drafts: requests may be drafted; then whoever may be read out is among the candidates of
             every pass, which are all lanes.
@@ -45,13 +48,30 @@ class StepInputs:
     input_ids: torch.Tensor
     embedded: torch.Tensor
     positions: torch.Tensor
-    logical: torch.Tensor
+    slots: torch.Tensor
     candidates: list[torch.Tensor | None]
     padded: int
     plain: bool = False
+    parts: Sequence[RowPart | None] = ()
     row_stop: torch.Tensor | None = None
+    row_request: torch.Tensor | None = None
     defer: torch.Tensor | None = None
     drafts: bool = False
+
+
+@dataclass
+class RowPart:
+    """The rows of a mixed pass that run, where not all do: a prompt runs no loop that its request
+    cannot read.
+
+    Attributes:
+        rows: [n] int64, ascending. requests: [k] int64, theirs, ascending.
+        batch: of these requests, what attention needs to know (`cuda/rows.py`).
+    """
+
+    rows: torch.Tensor
+    requests: torch.Tensor
+    batch: Any
 
 
 @dataclass
@@ -59,9 +79,10 @@ class RowView:
     """The rows of a mixed pass: what an attention over runs of rows needs.
 
     Attributes:
-        rows: N; padded: rows to run. positions, slots: [padded] int64, physical slots.
+        rows: N; padded: rows to run. positions, slots: [padded] int64.
         loop, seq_lens: [R] int32, per request: the 0-based loop of its rows, and the positions
             that its last row reads.
+        part: of them those that run; None: all.
     """
 
     rows: int
@@ -70,6 +91,7 @@ class RowView:
     slots: torch.Tensor
     loop: torch.Tensor
     seq_lens: torch.Tensor
+    part: RowPart | None = None
 
 
 class LaneBackend(Protocol):
@@ -87,8 +109,20 @@ class LaneBackend(Protocol):
     def run_rows(self, view: RowView) -> None:
         """One pass over all rows of a batch with prompt chunks; no gate, no stand-ins."""
 
-    def stand_in(self, slots: torch.Tensor, loop: torch.Tensor, mask: torch.Tensor) -> None:
-        """Copy K/V at `slots` [M] of 0-based `loop` [M] to the deeper loops where `mask` [M]."""
+    def stand_in(
+        self,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        loop: torch.Tensor,
+        copies: torch.Tensor,
+        requests: torch.Tensor | None = None,
+    ) -> None:
+        """Copy K/V of cells to the deeper loops of their positions.
+
+        Args:
+            slots, positions: [M] int64. loop: [M] int32, 0-based. copies: [M] int32, to how many.
+            requests: [M] int32, theirs in the batch; None: in order.
+        """
 
     def logits(self, hidden: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
         """Read-out [M, vocab] of states [M, H]; rows that are not `read` [M] mean nothing."""

@@ -60,7 +60,6 @@ class BlockParts:
     eps: float
     cos_sin: torch.Tensor
     scale: float
-    loops: int
     longest: int
 
     def cache_table(self) -> CacheTable:
@@ -83,6 +82,7 @@ def lane_block(
     slot neither read nor write K/V; their states mean nothing.
 
     Args:
+        block_table: [T, R, B] int32, by loop, the page of each request's n-th block.
         rows: [lanes] int32, each lane's row of the block table; None: its own number.
     """
     b = buffers
@@ -102,15 +102,17 @@ def lane_block(
             layer.k_scale,
             layer.v_scale,
             fill_copies=b.fill_copies[:lanes],
+            block_table=block_table,
+            loop=b.loop[:lanes],
+            row_to_request=rows,
         )
         attended = loop_decode_attention(
             q,
             layer.k_cache,
             layer.v_cache,
-            block_table if rows is not None else block_table[:lanes],
+            block_table,
             b.loop[:lanes],
             b.seq_lens[:lanes],
-            parts.loops,
             parts.scale,
             rows,
             k_scale=layer.k_scale,
@@ -145,7 +147,7 @@ def kv_views(
     return key, value
 
 
-def parts_of(model: Any, loops: int, longest: int, fp8: torch.dtype | None) -> BlockParts:
+def parts_of(model: Any, longest: int, fp8: torch.dtype | None) -> BlockParts:
     """The parts of an `OuroForCausalLM` whose caches are bound."""
     block = model.model
 
@@ -188,6 +190,5 @@ def parts_of(model: Any, loops: int, longest: int, fp8: torch.dtype | None) -> B
         eps=block.norm.variance_epsilon,
         cos_sin=attention.rotary_emb.cos_sin_cache.to(block.norm.weight.dtype),
         scale=attention.attn.impl.scale,
-        loops=loops,
         longest=longest,
     )

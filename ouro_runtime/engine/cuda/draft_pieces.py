@@ -39,7 +39,7 @@ def begin(
 ) -> None:
     """As `pieces.begin`; a drafted request's further lanes take up positions after its first's.
 
-    Reads the packed `DraftLayout`, too, and `positions` and `logical` of first lanes only.
+    Reads the packed `DraftLayout`, too, and `positions` of first lanes only.
     """
     d = of(b)
     columns = dict(zip(DRAFT_COLUMNS, d.packed(lanes), strict=True))
@@ -47,12 +47,8 @@ def begin(
     for name, column in columns.items():
         getattr(d, name)[:lanes].copy_(column)
     rows, place, on = d.rows[:lanes], d.place[:lanes], d.on[:lanes]
-    positions, logical = b.positions[:lanes], b.logical[:lanes]
+    positions = b.positions[:lanes]
     positions.copy_(positions[rows] + place)
-    block = torch.div(positions, shape.block_size, rounding_mode="floor")
-    block.clamp_(0, block_table.shape[1] - 1)
-    found = block_table[rows, block].long() * shape.block_size + positions % shape.block_size
-    logical.copy_(torch.where(place > 0, found, logical))
 
     pieces.take_up(b, states, lanes)
     request, again = b.request[:lanes], d.again[:lanes]
@@ -67,7 +63,7 @@ def begin(
     b.depth[:lanes].copy_(d.drafted[:lanes])
     for brought in (d.made, d.dropped, d.waste, d.cells):
         brought[:lanes].zero_()
-    pieces.enter(b, shape, lanes)
+    pieces.enter(b, shape, lanes, block_table, rows)
 
 
 def choose(b: LaneBuffers, shape: LaneShape, lanes: int) -> None:

@@ -30,8 +30,8 @@ class LaneEngine:
 
     Args:
         parts: the block over lanes; None: every batch goes through `run_rows`.
-        table: all layers' caches. block_table: [max requests, B] int32, logical blocks of a batch;
-            not copied. rows: `RowPasses.run`.
+        table: all layers' caches. block_table: [T, max requests, B] int32, by loop, the page of
+            each request's n-th block; not copied. rows: `RowPasses.run`.
         vocabulary: the model's embeddings.
         replay: runs a captured piece over so many lanes, or says that there is none.
         sampler: vLLM's.
@@ -57,7 +57,7 @@ class LaneEngine:
         self.candidates: list[np.ndarray] = []
         # In the order of a step. Each takes the lanes' states and how many lanes there are.
         self._pieces: dict[str, Callable[[torch.Tensor, int], None]] = {
-            "begin": partial(pieces.begin, buffers, shape),
+            "begin": partial(pieces.begin, buffers, shape, block_table=block_table),
             "block": self._block,
             "read": self._read,
             "advance": self._advance,
@@ -140,8 +140,15 @@ class LaneEngine:
     def run_rows(self, view: RowView) -> None:
         self.rows(self.batch, self.buffers, view)
 
-    def stand_in(self, slots: torch.Tensor, loop: torch.Tensor, mask: torch.Tensor) -> None:
-        standin_fill(self.table, slots, loop, mask, self.shape.loops)
+    def stand_in(
+        self,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        loop: torch.Tensor,
+        copies: torch.Tensor,
+        requests: torch.Tensor | None = None,
+    ) -> None:
+        standin_fill(self.table, self.block_table, slots, positions, loop, copies, requests)
 
     def logits(self, hidden: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
         return self.vocabulary.logits(hidden, read)
@@ -221,7 +228,7 @@ def make_engine(
     )
     kind = attention.kv_cache_dtype
     fp8 = torch.float8_e4m3fn if kind in ("fp8", "fp8_e4m3") else None
-    parts = parts_of(model, loops, longest, fp8)
+    parts = parts_of(model, longest, fp8)
     lanes = fp8 is not None or parts.layers[0].k_cache.dtype == buffers.hidden.dtype
     if not lanes:
         logger.warning(

@@ -55,12 +55,12 @@ class LaneBuffers:
         # Rows of a pass, in the order of the batch. With one row per request, row i is lane i.
         self.hidden = torch.zeros(rows, hidden, dtype=dtype, device=device)
         self.row_positions, self.row_slots = longs(rows), longs(rows)
-        # Lanes. `request` is the request slot, `logical` the slot in a cache of one loop.
+        # Lanes. `request` is the request slot, `deepest` the last loop, from 1, of the position.
         self.lane_hidden = torch.zeros(lanes, hidden, dtype=dtype, device=device)
         self.positions, self.slots, self.limit, self.tokens = (longs(lanes) for _ in range(4))
-        self.request, self.logical, self.seed = (longs(lanes) for _ in range(3))
+        self.request, self.seed = (longs(lanes) for _ in range(2))
         self.loop, self.depth, self.low, self.high = (ints(lanes) for _ in range(4))
-        self.seq_lens, self.fill_copies = ints(lanes), ints(lanes)
+        self.seq_lens, self.fill_copies, self.deepest = (ints(lanes) for _ in range(3))
         self.stops = ints(lanes, STOPS)
         self.survival, self.threshold, self.temperature = (floats(lanes) for _ in range(3))
         self.active, self.run_all, self.finished, self.decoding = (flags(lanes) for _ in range(4))
@@ -139,6 +139,7 @@ class LaneParams:
     Attributes:
         threshold: [R] float32. limit: [R], first position that may not be entered.
         run_all: [R] bool, the position runs every loop: a prompt's, and all in mode `exact`.
+        deepest: [R], the last of them, from 1: that a request can read K/V of.
         once: [R] bool, the lane stops when it leaves. decoding: [R] bool, see `LaneBook.plan`.
         slot: [R], request slots. temperature: [R] float32 and seed: [R] int64, of the sampler.
         stops: [R, STOPS] end tokens, padded with -1.
@@ -151,6 +152,7 @@ class LaneParams:
     once: np.ndarray
     decoding: np.ndarray
     slot: np.ndarray
+    deepest: np.ndarray
     temperature: np.ndarray
     seed: np.ndarray
     stops: np.ndarray
@@ -160,7 +162,7 @@ class LaneParams:
     @staticmethod
     def rows(loops: int) -> int:
         """Rows of the packed array."""
-        return 9 + STOPS + 2 * loops
+        return 10 + STOPS + 2 * loops
 
     def pack(self, width: int, spare: int) -> np.ndarray:
         """[rows(T), width] int32; floats keep their bits. Lanes past R pad: slot `spare`, all else
@@ -174,8 +176,9 @@ class LaneParams:
         use[5] = self.slot
         use[6] = self.temperature.astype(np.float32).view(np.int32)
         use[7:9] = self.seed.astype(np.int64).view(np.int32).reshape(lanes, 2).T
-        use[9 : 9 + STOPS] = self.stops.T
-        rest = use[9 + STOPS :]
+        use[9] = self.deepest
+        use[10 : 10 + STOPS] = self.stops.T
+        rest = use[10 + STOPS :]
         rest[: len(self.low)], rest[len(self.low) :] = self.low, self.high
         return packed
 
@@ -192,7 +195,8 @@ class LaneParams:
             "slot": packed[5],
             "temperature": packed[6].view(torch.float32),
             "seed": torch.stack([packed[7], packed[8]], 1).view(torch.int64).view(-1),
-            "stops": packed[9 : 9 + STOPS].t(),
+            "deepest": packed[9],
+            "stops": packed[10 : 10 + STOPS].t(),
             "low": low,
             "high": high,
         }
@@ -200,7 +204,7 @@ class LaneParams:
     @staticmethod
     def limits(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`low` and `high` of a packed array."""
-        rest = packed[9 + STOPS :]
+        rest = packed[10 + STOPS :]
         return rest[: len(rest) // 2], rest[len(rest) // 2 :]
 
 

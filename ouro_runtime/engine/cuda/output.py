@@ -23,17 +23,19 @@ class StepBill:
     Attributes:
         req_ids: [R]. epochs: [R], which admission of each request this is.
         packed: what `StepRecord.packed` made.
-        runs_all: [R] bool, the lane's positions run all T loops.
-        decoding: [R] bool. rows: rows of a pass. loops: T.
+        least: [R], loops that the lane's positions run, whatever their depth.
+        decoding: [R] bool. rows: [T], rows of each pass. filled: [T], by loop, cells run of
+            positions that are filled in. loops: T.
         drafted: [R] bool of a step with drafts, whose `packed` is `draft_pieces.packed`'s.
     """
 
     req_ids: list[str]
     epochs: list[int]
     packed: torch.Tensor
-    runs_all: np.ndarray
+    least: np.ndarray
     decoding: np.ndarray
-    rows: int
+    rows: np.ndarray
+    filled: np.ndarray
     loops: int
     drafted: np.ndarray | None = None
     _flights: np.ndarray | None = field(default=None, init=False)
@@ -46,7 +48,7 @@ class StepBill:
         """
         loops, size = self.loops, self.loops + 2 + self.loops**2
         depths, start, end = packed[:, :loops], packed[:, loops], packed[:, loops + 1]
-        ran = np.where(self.runs_all[:, None], loops, depths)
+        ran = np.maximum(self.least[:, None], depths)
         history = packed[:, loops + 2 : size].view(np.float32).reshape(-1, loops, loops)
         if self.drafted is None:
             made = dropped = np.zeros_like(depths)
@@ -63,7 +65,7 @@ class StepBill:
         return StepOutput(
             {r: notes[i, : amounts[i]] for i, r in enumerate(self.req_ids)},
             StepReport(
-                pass_rows=[self.rows] * loops,
+                pass_rows=self.rows.tolist(),
                 rows_by_loop=cells.tolist(),
                 tokens=sum(amounts),
                 # Nothing is timed on the host: a pass is over there before it has run.
@@ -89,7 +91,7 @@ class StepBill:
                 for loop in range(self.loops)
             ]
         )
-        return cells + self.rows - int(lanes.sum())
+        return cells + self.filled
 
     def flight(self, index: int) -> Flight | None:
         """What the request at `index` has in flight after a settled step that drafted it."""

@@ -17,20 +17,22 @@ from ouro_runtime.engine.cuda.backend import LaneShape
 from ouro_runtime.engine.cuda.lanes import LaneBuffers, LaneParams
 
 
-def first_slots(logical: torch.Tensor, shape: LaneShape) -> torch.Tensor:
-    """Slots of loop 0 [N] for slots in a cache of one loop [N]; -1 where those are negative."""
-    block = shape.block_size
-    page = torch.div(logical, block, rounding_mode="floor")
-    return (page * ((shape.loops - 1) * block) + logical).masked_fill_(logical < 0, -1)
-
-
-def begin(b: LaneBuffers, shape: LaneShape, states: torch.Tensor, lanes: int) -> None:
+def begin(
+    b: LaneBuffers,
+    shape: LaneShape,
+    states: torch.Tensor,
+    lanes: int,
+    block_table: torch.Tensor,
+) -> None:
     """Lanes take up where they were left; all that changes in a step is set.
 
-    Reads the packed `LaneParams`, `positions`, `logical`, and `states` of lanes at loop 0.
+    Reads the packed `LaneParams`, `positions`, and `states` of lanes at loop 0.
+
+    Args:
+        block_table: [T, R, B] int32, by loop, the page of each request's n-th block.
     """
     take_up(b, states, lanes)
-    enter(b, shape, lanes)
+    enter(b, shape, lanes, block_table, b.numbers[:lanes])
 
 
 def take_up(b: LaneBuffers, states: torch.Tensor, lanes: int) -> None:
@@ -46,7 +48,16 @@ def take_up(b: LaneBuffers, states: torch.Tensor, lanes: int) -> None:
     states.copy_(torch.where(deep[:, None], b.carried_hidden[request], states))
     b.survival[:lanes].copy_(b.carried_survival[request].masked_fill_(~deep, 1.0))
     b.history[:lanes].copy_(b.carried_history[request])
-    for name in ("limit", "threshold", "run_all", "decoding", "temperature", "seed", "stops"):
+    for name in (
+        "limit",
+        "threshold",
+        "run_all",
+        "decoding",
+        "temperature",
+        "seed",
+        "stops",
+        "deepest",
+    ):
         getattr(b, name)[:lanes].copy_(f[name])
     b.finished[:lanes].copy_(f["once"])
     b.depth[:lanes].zero_()
@@ -59,14 +70,23 @@ def take_up(b: LaneBuffers, states: torch.Tensor, lanes: int) -> None:
         brought.zero_()
 
 
-def enter(b: LaneBuffers, shape: LaneShape, lanes: int) -> None:
-    """Where the active lanes' first cells read and write K/V."""
-    loop, active = b.loop[:lanes], b.active[:lanes]
-    first = first_slots(b.logical[:lanes], shape)
-    slots = first + loop * shape.block_size
-    b.slots[:lanes].copy_(slots.masked_fill_(~active | (first < 0), -1))
-    b.seq_lens[:lanes].copy_((b.positions[:lanes] + 1) * active)
-    b.fill_copies[:lanes].copy_((shape.loops - 1 - loop) * (active & ~b.run_all[:lanes]))
+def enter(
+    b: LaneBuffers, shape: LaneShape, lanes: int, block_table: torch.Tensor, rows: torch.Tensor
+) -> None:
+    """Where the active lanes' first cells read and write K/V.
+
+    Args:
+        rows: [lanes] int64, each lane's row of the block table.
+    """
+    loop, active, positions = b.loop[:lanes], b.active[:lanes], b.positions[:lanes]
+    # What pads has any position.
+    block = torch.div(positions, shape.block_size, rounding_mode="floor")
+    block.clamp_(0, block_table.shape[2] - 1)
+    slots = block_table[loop.long(), rows, block].long() * shape.block_size
+    slots += positions % shape.block_size
+    b.slots[:lanes].copy_(slots.masked_fill_(~active, -1))
+    b.seq_lens[:lanes].copy_((positions + 1) * active)
+    b.fill_copies[:lanes].copy_((b.deepest[:lanes] - 1 - loop) * (active & ~b.run_all[:lanes]))
 
 
 def gate(b: LaneBuffers, shape: LaneShape, states: torch.Tensor, lanes: int) -> None:
@@ -87,6 +107,7 @@ def gate(b: LaneBuffers, shape: LaneShape, states: torch.Tensor, lanes: int) -> 
         exit_mask=b.exit_mask[:lanes],
         read_mask=b.read_mask[:lanes],
         history=b.history[:lanes],
+        deepest=b.deepest[:lanes],
     )
 
 
@@ -132,16 +153,16 @@ def advance(
         b.positions[:lanes],
         b.survival[:lanes],
         b.depth[:lanes],
-        block_table if rows is not None else block_table[:lanes],
+        block_table,
         b.slots[:lanes],
         b.seq_lens[:lanes],
         shape.block_size,
-        shape.loops,
         finished=b.finished[:lanes],
         position_limit=b.limit[:lanes],
         row_to_request=rows,
         run_all=b.run_all[:lanes],
         fill_copies=b.fill_copies[:lanes],
+        deepest=b.deepest[:lanes],
     )
     b.step.add_(1)
     if rows is not None:

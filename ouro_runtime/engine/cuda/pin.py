@@ -33,6 +33,7 @@ def check() -> None:
         from vllm.v1.core.sched.output import NewRequestData
         from vllm.v1.outputs import LogprobsTensors
         from vllm.v1.worker.gpu import async_utils, attn_utils, model_runner
+        from vllm.v1.worker.gpu.block_table import BlockTables
         from vllm.v1.worker.gpu.input_batch import InputBatch
         from vllm.v1.worker.gpu.model_states.interface import ModelState
         from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
@@ -109,6 +110,12 @@ def check() -> None:
         "self.model_state.initialize_kv_cache(",
     )
     mentions(model_runner.GPUModelRunner.load_model, "custom_sampler")
+    # Block tables that moved are gathered where they are now.
+    mentions(BlockTables.init_block_table_layout_tensors, "input_block_table_ptrs")
+    gathers = ("self.input_block_tables", "self.input_block_table_ptrs")
+    mentions(BlockTables.gather_block_tables, *gathers)
+    mentions(BlockTables.get_dummy_block_tables, "self.input_block_tables")
+    mentions(runner.prepare_attn, ".gather_block_tables(", ".compute_slot_mappings(")
     mentions(Sampler.__init__, "logit_bias_state,", "self.penalties_state,", "bad_words_state,")
 
 

@@ -31,6 +31,8 @@ class LaneRequests:
     def __init__(self, slots: int, config: LoopConfig, longest: int) -> None:
         self.config, self.longest = config, longest
         self.book = LaneBook(slots, config.loops)
+        self.deepest = np.full(slots, config.loops)
+        self.shared = np.zeros(slots, bool)
         self.limit = np.zeros(slots, np.int64)
         self.prompt = np.zeros(slots, np.int64)
         self.stops = np.full((slots, STOPS), -1, np.int32)
@@ -54,6 +56,7 @@ class LaneRequests:
         self.book.add(slot, request.params, known - prompt, request.single)
         self.limit[slot] = last_readout(prompt, request.max_tokens, self.longest) + 1
         self.prompt[slot] = prompt
+        self.deepest[slot], self.shared[slot] = request.deepest, request.shared
         rule = draft_rule(request.params, request.single, self.config.loops)
         self.drafts[slot], self.flying[slot] = rule is not None, False
         if rule is not None:
@@ -113,9 +116,10 @@ class LaneRequests:
             threshold=book.threshold[slots],
             limit=np.where(decoding, self.limit[slots], EVERYWHERE),
             run_all=book.exact[slots] | (~decoding & ~resumed),
-            once=~decoding | book.single[slots] | book.lossless[slots],
+            once=~decoding | book.single[slots] | book.exact[slots],
             decoding=decoding,
             slot=slots,
+            deepest=self.deepest[slots],
             temperature=sampling.temperature.np[slots],
             seed=sampling.seeds.np[slots],
             stops=self.stops[slots],

@@ -20,6 +20,7 @@ from vllm.v1.worker.gpu.async_utils import AsyncOutput
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
+from ouro_runtime.engine import pages
 from ouro_runtime.engine.cuda import pin, refuse
 from ouro_runtime.engine.cuda.output import LaneOutput
 from ouro_runtime.engine.cuda.state import OuroModelState
@@ -34,6 +35,7 @@ class OuroGPUModelRunner(GPUModelRunner):
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         refuse.refuse(vllm_config)
+        pages.register()  # a worker's process has no scheduler, but groups layers itself
         super().__init__(vllm_config, device)
         self._unread: deque[LaneOutput] = deque()
 

@@ -22,10 +22,11 @@ from ouro_runtime.engine.cuda.buckets import draft_lanes
 from ouro_runtime.engine.cuda.draft_choice import DraftChoice
 from ouro_runtime.engine.pin import check_parameters
 from ouro_runtime.engine.requests import LoopRequest
-from ouro_runtime.engine.scheduler_common import LoopSchedulerMixin
+from ouro_runtime.engine.scheduler_pages import PagedSchedulerMixin
 from ouro_runtime.engine.step_output import StepOutput
 from ouro_runtime.loop.drafts import draft_rule
 from ouro_runtime.loop.limits import last_readout
+from ouro_runtime.reports import StepReport
 
 check_parameters(AsyncScheduler._update_after_schedule, "scheduler_output")
 check_parameters(AsyncScheduler._update_request_with_output, "request", "new_token_ids", "is_stale")
@@ -47,7 +48,7 @@ def most_tokens(params: ExitParams, single: bool, loops: int) -> int:
     return 1 + (loops - 1) // least
 
 
-class OuroAsyncScheduler(LoopSchedulerMixin, AsyncScheduler):
+class OuroAsyncScheduler(PagedSchedulerMixin, AsyncScheduler):
     """Scheduler of looped models on CUDA; also right where only one step is in flight.
 
     Between steps, of a request that is past its prompt and knows n tokens,
@@ -133,8 +134,11 @@ class OuroAsyncScheduler(LoopSchedulerMixin, AsyncScheduler):
     ) -> dict[int, EngineCoreOutputs]:
         step: StepOutput | None = getattr(model_runner_output, "ouro", None)
         if step is None:
-            return super().update_from_output(scheduler_output, model_runner_output)
-        came = []
+            result = super().update_from_output(scheduler_output, model_runner_output)
+            if not self.requests:
+                self._report_pages(result, StepReport())
+            return result
+        came, told = [], set()
         for req_id in scheduler_output.num_scheduled_tokens:
             request = self.requests.get(req_id)
             if request is None or request.is_finished():
@@ -146,6 +150,8 @@ class OuroAsyncScheduler(LoopSchedulerMixin, AsyncScheduler):
                 continue
             tokens = len(step.notes[req_id])
             came.append(request)
+            if tokens and not stale:
+                told.add(req_id)
             self.drafts.learn(req_id, step.notes[req_id])
             if req_id in scheduler_output.ouro_brings and not stale:
                 self._expect(request, request.num_tokens + tokens)
@@ -159,7 +165,10 @@ class OuroAsyncScheduler(LoopSchedulerMixin, AsyncScheduler):
                 running = request.status == RequestStatus.RUNNING
                 written = request.num_computed_tokens - request.num_output_placeholders
                 self._advance_clean(request, depths, written if running else 0)
-        self._send_report(result, step.report)
+                if running and request.request_id in told:
+                    # Its prompt's last step has come back, and those in flight only decode.
+                    self._let_go(request.request_id)
+        self._report_pages(result, step.report)
         return result
 
     def _free_request_blocks(self, request: Request) -> None:

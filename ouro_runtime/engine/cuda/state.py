@@ -18,7 +18,7 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 
 from ouro_runtime.config import LoopConfig
-from ouro_runtime.engine.cuda import draft_pieces
+from ouro_runtime.engine.cuda import draft_pieces, tables
 from ouro_runtime.engine.cuda.backend import StepInputs
 from ouro_runtime.engine.cuda.buckets import draft_lanes, pass_buckets
 from ouro_runtime.engine.cuda.draft_layout import DraftLayout
@@ -27,7 +27,7 @@ from ouro_runtime.engine.cuda.graphs import StepGraphs
 from ouro_runtime.engine.cuda.lanes import LaneBuffers
 from ouro_runtime.engine.cuda.output import StepBill
 from ouro_runtime.engine.cuda.requests import LaneRequests
-from ouro_runtime.engine.cuda.rows import RowPasses
+from ouro_runtime.engine.cuda.rows import RowPasses, parts
 from ouro_runtime.engine.cuda.sampler import LaneSampler, StepSampling, remembers
 from ouro_runtime.engine.cuda.step import LaneStep
 
@@ -60,7 +60,7 @@ class OuroModelState(ModelState):
         self.rows: RowPasses | None = None
         self.sampler: Any = None
         self._tables: torch.Tensor | None = None
-        self._logical: torch.Tensor | None = None
+        self._slots: torch.Tensor | None = None
         self._step: LaneStep | None = None
         self._bill: StepBill | None = None
         model.lane_state = self
@@ -78,11 +78,13 @@ class OuroModelState(ModelState):
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
         """The caches are bound (anew: after profiling, everything captured is void)."""
         self.release()
-        (group,) = kv_cache_config.kv_cache_groups
-        block_size = group.kv_cache_spec.block_size
-        cache = self.model.model.layers[0].self_attn.attn.kv_cache
-        assert cache.shape[2] == block_size, "kernel blocks differ from logical blocks"
-        self._tables = block_tables.input_block_tables[0]
+        specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+        assert [spec.loop for spec in specs] == list(range(self.loops)), specs
+        for layer in self.model.model.layers:
+            layer.self_attn.attn.check_pages()
+            page = layer.self_attn.attn.kv_cache.shape[2]
+            assert page == specs[0].block_size, "kernel blocks differ from logical blocks"
+        self._tables = tables.join(block_tables)
         self.engine = make_engine(
             self.model,
             self.buffers,
@@ -97,7 +99,7 @@ class OuroModelState(ModelState):
     def release(self) -> None:
         """Let go of everything that holds on to the caches and to the graphs' memory."""
         self.graphs.release()
-        self.engine = self.rows = self._tables = self._logical = None
+        self.engine = self.rows = self._tables = self._slots = None
 
     def capture_inner_cudagraphs(
         self, input_buffers: Any, block_tables: Any, attn_groups: Any, kv_cache_config: Any
@@ -161,7 +163,7 @@ class OuroModelState(ModelState):
                 kv_cache_config,
                 self.max_model_len,
             )
-        self._logical = slot_mappings[0]
+        self._slots = slot_mappings
         if self._real(input_batch):
             return {}  # every pass builds its own
         loop = torch.zeros(input_batch.num_reqs, dtype=torch.int32, device=self.device)
@@ -192,7 +194,7 @@ class OuroModelState(ModelState):
 
     def _prepare_step(self, batch: Any) -> LaneStep:
         engine, requests, buffers = self.engine, self.requests, self.buffers
-        assert engine is not None and self._tables is not None and self._logical is not None
+        assert engine is not None and self._tables is not None and self._slots is not None
         slots = batch.idx_mapping_np
         count, known = batch.num_scheduled_tokens, batch.prefill_len_np
         start = batch.num_computed_prefill_tokens_np
@@ -204,6 +206,11 @@ class OuroModelState(ModelState):
         stops = requests.row_stops(batch.req_ids, slots, start, count, known, decoding)
         late = requests.book.single[slots] & heads
         self._late = np.nonzero(late)[0]
+        shared = requests.shared[slots] & (decoding | (start >= requests.prompt[slots]))
+        if shared.any():
+            of_rows = np.nonzero(np.repeat(shared, count))[0]
+            chosen = self._to_device(np.nonzero(shared)[0]), self._to_device(of_rows)
+            tables.share(self._tables, self._slots, *chosen)
         requested, rows = batch.num_reqs, batch.num_tokens
         mixed = rows != requested or engine.parts is None
         layout = self._layout(batch, mixed or not decoding.all())
@@ -211,13 +218,16 @@ class OuroModelState(ModelState):
         width = lanes if mixed else self.graphs.width(lanes, layout is not None)
         spare = self.max_num_reqs
         candidates = plan.candidates
+        # A prompt's rows run the loops that its request can read.
+        runs = decoding | (params.deepest > np.arange(self.loops)[:, None])
         self._bill = StepBill(
             list(batch.req_ids),
             requests.epochs(batch.req_ids),
             torch.empty(0),
-            params.run_all,
+            np.where(params.run_all, params.deepest, 0),
             decoding,
-            rows if layout is None else lanes,
+            (runs * count).sum(1) if mixed else np.full(self.loops, lanes),
+            (runs * count * ~decoding).sum(1),
             self.loops,
         )
         if layout is not None:
@@ -238,11 +248,13 @@ class OuroModelState(ModelState):
             input_ids=ids,
             embedded=self.model.embed_input_ids(ids),
             positions=batch.positions[:rows],
-            logical=self._logical[:rows],
+            slots=self._slots[:, :rows],
             candidates=[self._lanes(lanes, chosen) for chosen in candidates],
             padded=batch.num_tokens_after_padding,
             plain=sampling.plain and not mixed and not len(self._late) and bool(heads.all()),
+            parts=parts(batch, runs, self.device) if mixed else (),
             row_stop=None if stops is None else self._to_device(stops),
+            row_request=self._rows_of(count) if stops is not None else None,
             defer=self._to_device(late) if len(self._late) else None,
             drafts=layout is not None,
         )
@@ -264,6 +276,10 @@ class OuroModelState(ModelState):
         for place in np.nonzero(wanted)[0]:
             wanted[place] = not remembers(self.sampler, slots[[place]])
         return self.requests.layout(slots, wanted, rule)
+
+    def _rows_of(self, count: np.ndarray) -> torch.Tensor:
+        """[N] int32, the request of each row, of `count` [R] rows."""
+        return self._to_device(np.repeat(np.arange(len(count), dtype=np.int32), count))
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return async_tensor_h2d(array, device=self.device)

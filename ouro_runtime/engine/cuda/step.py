@@ -49,14 +49,13 @@ class LaneStep:
         loops = self.shape.loops
         self._load()
         self._play("begin")
-        self._spread()
         for step in range(loops):
-            self._mask_stopped(step)
+            self._place_rows(step)
             self._pass(step)
             self._leave(step)
             self._read_out(step)
             if step + 1 < loops or self.inputs.drafts:
-                self._advance()
+                self._play("advance")
         self._play("carry")
         return self.b.hidden[: self.inputs.padded if self._mixed else self.rows]
 
@@ -72,31 +71,35 @@ class LaneStep:
         b.hidden[: self.rows].copy_(x.embedded)
         heads = x.head_rows
         if heads is None:
-            positions, tokens, logical = x.positions, x.input_ids, x.logical
+            positions, tokens = x.positions, x.input_ids
         else:
-            positions, tokens, logical = x.positions[heads], x.input_ids[heads], x.logical[heads]
+            positions, tokens = x.positions[heads], x.input_ids[heads]
             torch.index_select(b.hidden, 0, heads, out=b.lane_hidden[:n])
             b.row_positions[: self.rows].copy_(x.positions)
             b.row_slots[: x.padded].fill_(-1)
-            b.row_slots[: self.rows].copy_(pieces.first_slots(x.logical, self.shape))
             self._reach = positions.to(torch.int32) + 1
         b.positions[:n].copy_(positions)
         b.tokens[:n].copy_(tokens)
-        b.logical[:n].copy_(logical)
 
-    def _spread(self) -> None:
-        """Heads of a mixed batch to their rows."""
-        b, n, heads = self.b, self.lanes, self.inputs.head_rows
+    def _place_rows(self, step: int) -> None:
+        """Of a mixed batch: where the rows of this pass write, and its heads to their rows."""
+        b, x, n, heads = self.b, self.inputs, self.lanes, self.inputs.head_rows
+        slots = b.slots
         if heads is not None:
+            slots = b.row_slots
+            slots[: self.rows].copy_(x.slots[step])
             b.hidden.index_copy_(0, heads, b.lane_hidden[:n])
             b.row_positions.index_copy_(0, heads, b.positions[:n])
-            b.row_slots.index_copy_(0, heads, b.slots[:n])
+            slots.index_copy_(0, heads, b.slots[:n])
+        if x.row_stop is not None:
+            # Rows past their last loop write nothing: their stand-ins are in place.
+            slots[: self.rows].masked_fill_(x.row_stop <= step, -1)
 
     def _pass(self, step: int) -> None:
         if not self._mixed:
             self._play("block")
             return
-        b, n = self.b, self.lanes
+        b, n, part = self.b, self.lanes, self.inputs.parts[step]
         decoding = b.decoding[:n]
         # A request that is being filled in is at loop `step` in all its rows, even when its head
         # has left already.
@@ -107,19 +110,26 @@ class LaneStep:
             b.row_slots[: self.inputs.padded],
             b.loop[:n].masked_fill(~decoding, step),
             torch.where(decoding, b.seq_lens[:n], self._reach),
+            part,
         )
-        self.backend.run_rows(view)
+        if part is None or len(part.rows):
+            self.backend.run_rows(view)
         torch.index_select(b.hidden, 0, self.inputs.head_rows, out=b.lane_hidden[:n])
         pieces.gate(b, self.shape, b.lane_hidden, n)
 
     def _leave(self, step: int) -> None:
         """Stand-ins of the rows that leave after this pass, unless its cells wrote them."""
-        b, n, stop = self.b, self.lanes, self.inputs.row_stop
-        if self._mixed and self.inputs.candidates[step] is not None:
-            self.backend.stand_in(b.slots[:n], b.loop[:n], b.exit_mask[:n])
+        b, x, n, stop = self.b, self.inputs, self.lanes, self.inputs.row_stop
+        if self._mixed and x.candidates[step] is not None:
+            loop = b.loop[:n]
+            copies = (b.deepest[:n] - 1 - loop) * b.exit_mask[:n]
+            self.backend.stand_in(b.slots[:n], b.positions[:n], loop, copies)
         if stop is not None and step + 1 < self.shape.loops:
+            assert x.row_request is not None
             slots = b.row_slots[: self.rows] if self._mixed else b.slots[:n]
-            self.backend.stand_in(slots, torch.full_like(stop, step), stop == step + 1)
+            copies = (b.deepest[x.row_request] - 1 - step) * (stop == step + 1)
+            loop = torch.full_like(stop, step)
+            self.backend.stand_in(slots, x.positions, loop, copies, x.row_request)
 
     def _read_out(self, step: int) -> None:
         lanes = self.inputs.candidates[step]
@@ -154,17 +164,3 @@ class LaneStep:
         )
         now = got if defer is None else got & ~defer[:requests]
         self.backend.sampled(b.numbers[:requests], now, tokens[lane], place, lane)
-
-    def _advance(self) -> None:
-        self._play("advance")
-        if self._mixed:
-            slots = self.b.row_slots[: self.inputs.padded]
-            slots.copy_((slots + self.shape.block_size).masked_fill_(slots < 0, -1))
-            self._spread()
-
-    def _mask_stopped(self, step: int) -> None:
-        """Rows past their last loop write nothing: their stand-ins are in place."""
-        stop = self.inputs.row_stop
-        if stop is not None:
-            slots = self.b.row_slots if self._mixed else self.b.slots
-            slots[: self.rows].masked_fill_(stop <= step, -1)

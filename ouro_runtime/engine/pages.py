@@ -75,9 +75,14 @@ class LoopManager(FullAttentionManager):
         self._remove_blocks_in_range(request_id, 0, held)
 
 
-# vLLM registers its own only while there are none.
-KVCacheSpecRegistry._ensure_registered()
-KVCacheSpecRegistry.register(LoopSpec, LoopManager, uniform_type_base_spec=LoopSpec)
+def register() -> None:
+    """Tell vLLM of pages by loop; wherever it makes groups of layers."""
+    # vLLM registers its own only while there are none.
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(LoopSpec, LoopManager, uniform_type_base_spec=LoopSpec)
+
+
+register()
 
 
 def keep_book(manager: KVCacheManager, book: Book, loops: int) -> None:
