@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 from ouro_runtime.cache.folding import fold_tables
-from ouro_runtime.engine.cpu import pages
+from ouro_runtime.engine import pages
 from ouro_runtime.engine.cpu.folding import PageFolder
 from tests.runtime.test_loop_groups import BLOCK, LOOPS, Book, make_manager, make_request
 
