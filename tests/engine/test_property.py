@@ -46,7 +46,7 @@ POOL = 160
 WORKLOADS = 55
 """Per kind of engine; four kinds make 220."""
 
-CRAMPED = {"blocks": 5, "max_model_len": 128, "max_num_seqs": 8}
+CRAMPED = {"blocks": 4, "max_model_len": 128, "max_num_seqs": 8}
 
 ENGINES: dict[str, dict[str, Any]] = {
     "roomy": {"max_num_seqs": 16},
@@ -229,7 +229,7 @@ def test_batched_equals_serial(
     assert compared > 4 * WORKLOADS, f"only {compared} outputs compared"
     assert excused <= compared // 100, f"{excused} of {compared} excused as near ties"
     if kind.startswith("cramped"):
-        assert preemptions >= 8, f"only {preemptions} preemptions"
+        assert preemptions >= 3, f"only {preemptions} preemptions"
 
 
 def test_a_thought_has_its_budget_whatever_is_preempted(folder: str) -> None:

@@ -74,7 +74,8 @@ def test_preempted_by_its_like_it_answers_as_alone(llm: LLM) -> None:
     """What it had generated is computed again over its prompt's last loop, each position after
     those before it; only those that left at loop 1 are there in the same pass."""
     preempted = count_preemptions(llm)
-    split, chunks = scheduler_of(llm)._mamba_block_aligned_split, []
+    split = scheduler_of(llm)._mamba_block_aligned_split
+    chunks: list[int] = []
 
     def noting(request: Any, *args: Any) -> int:
         count = split(request, *args)
