@@ -66,7 +66,7 @@ CONTINUED = Recipe(
 """The second leg: from the first leg's weights, every family at its hardest level from the start,
 half the learning rate, the paper's later entropy weight, and in the end stand-in K/V."""
 
-SHARED = replace(CONTINUED, decay_share=0.6, skip_from=0.0, shared_rounds=2)
+SHARED = replace(CONTINUED, decay_share=0.55, skip_from=0.0, shared_rounds=2)
 """The third leg: from the second's weights, each answer as `skip` and as `shared` serve it."""
 
 

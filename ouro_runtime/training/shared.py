@@ -1,10 +1,10 @@
 """Answers as mode `shared` serves them, in parallel forwards (docs/engine.md says what it keeps).
 
-A generated position reads one plane at every loop: loop T's K/V of its prompt, the exit loop's of the
-generated positions before it. Those are only known once these have run, one after the other. Here
-all run at once, several rounds: each round reads what the one before left, and the first what the
-forward of mode `skip` left. The n-th generated position of an answer is exact after n rounds, and
-those behind it nearly so, because little of an answer hangs on its tokens' K/V.
+A generated position reads one plane at every loop: loop T's K/V of its prompt, the exit loop's of
+the generated positions before it. Those are known only once these have run, one after the other.
+Here all run at once, in rounds: each reads what the round before left, the first what the forward
+of mode `skip` left. The n-th generated position of an answer is exact after n rounds, and those
+behind it nearly so where little hangs on the K/V of an answer's tokens.
 """
 
 from dataclasses import dataclass

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from ouro_runtime.training.data import Batch, Chunk, ChatSource, Curriculum, pack
+from ouro_runtime.training.data import Batch, ChatSource, Chunk, Curriculum, pack
 from ouro_runtime.training.model import LoopLM, LoopLMConfig
 from ouro_runtime.training.reference import Controls, Reference, exit_depths
 from ouro_runtime.training.shared import generated, served
@@ -63,9 +63,7 @@ def test_rounds_end_at_what_mode_shared_serves(
     assert made.tolist() == [t for row in tokens for t in row[1:]]
 
 
-def test_each_round_makes_one_more_position_exact(
-    model: LoopLM, prompts: list[list[int]]
-) -> None:
+def test_each_round_makes_one_more_position_exact(model: LoopLM, prompts: list[list[int]]) -> None:
     answers = [[7 + i for i in range(ANSWER)] for _ in prompts]
     batch = packed(prompts, answers)
     exact = in_parallel(model, batch, 0.5, ANSWER)
