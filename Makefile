@@ -51,10 +51,9 @@ storm: install-dev ## hostile requests, leaving clients, crowds, a killed engine
 kernel-faults: install-dev ## check the kernels' tests: each known fault must make them fail
 	$(BIN)/python scripts/check_kernel_faults.py
 
-train-mini: install-dev ## train the shipped checkpoint again, in three legs; ARGS=--resume goes on after a kill
+train-mini: install-dev ## train the shipped checkpoint again, in two legs; ARGS=--resume goes on after a kill
 	$(BIN)/python -m ouro_runtime.training --out runs/first $(ARGS)
-	$(BIN)/python -m ouro_runtime.training --out runs/second --init runs/first/export --steps 5000 $(ARGS)
-	$(BIN)/python -m ouro_runtime.training --out runs/ouro-mini --init runs/second/export --shared --steps 1450 $(ARGS)
+	$(BIN)/python -m ouro_runtime.training --out runs/ouro-mini --init runs/first/export --steps 5000 $(ARGS)
 
 gpu-test: install-dev ## on an NVIDIA GPU: kernels compiled, engines on golden data; under 9 minutes
 	$(BIN)/python -m scripts.run_gpu_tests $(ARGS)

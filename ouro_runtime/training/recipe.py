@@ -67,7 +67,8 @@ CONTINUED = Recipe(
 half the learning rate, the paper's later entropy weight, and in the end stand-in K/V."""
 
 SHARED = replace(CONTINUED, decay_share=0.55, skip_from=0.0, shared_rounds=2)
-"""The third leg: from the second's weights, each answer as `skip` and as `shared` serve it."""
+"""A third leg, `--shared`: from the second's weights, each answer as `skip` and as `shared` serve it.
+The shipped checkpoint is from before it."""
 
 
 def corpus(recipe: Recipe) -> Iterator[str]:
