@@ -67,7 +67,7 @@ CONTINUED = Recipe(
 half the learning rate, the paper's later entropy weight, and in the end stand-in K/V."""
 
 SHARED = replace(CONTINUED, decay_share=0.55, skip_from=0.0, shared_rounds=2)
-"""A third leg, `--shared`: from the second's weights, each answer as `skip` and as `shared` serve it.
+"""A third leg, `--shared`: from the second's weights, answers as `skip` and as `shared` serve them.
 The shipped checkpoint is from before it."""
 
 
