@@ -10,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from tokenizers import Tokenizer
 
-from ouro_runtime.training.recipe import CONTINUED, Recipe, corpus
+from ouro_runtime.training.recipe import CONTINUED, SHARED, Recipe, corpus
 from ouro_runtime.training.stage1 import Budget, Stage1
 from ouro_runtime.training.tokenizer import train_tokenizer
 
@@ -26,12 +26,15 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--steps", type=int, help="steps of stage 1, instead of --minutes")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    p.add_argument("--init", type=Path, help="start from this checkpoint: the second leg")
+    p.add_argument("--init", type=Path, help="start from this checkpoint: a later leg")
+    p.add_argument("--shared", action="store_true", help="train mode `shared` too: the third leg")
     p.add_argument("--resume", action="store_true", help="go on from the last save in --out")
     p.add_argument("--new-tokenizer", action="store_true", help="train one, not the shipped one")
     p.add_argument("--no-compile", action="store_true", help="do not use torch.compile")
     p.add_argument("--export", type=Path, help="checkpoint folder (default: OUT/export)")
     args = p.parse_args(argv)
+    if args.shared and args.init is None:
+        p.error("--shared: needs --init, the second leg's checkpoint")
     if args.steps is None and args.minutes is None:
         args.minutes = 70.0
     return args
@@ -43,7 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    recipe = replace(CONTINUED if args.init else Recipe(), seed=args.seed)
+    recipe = SHARED if args.shared else CONTINUED if args.init else Recipe()
+    recipe = replace(recipe, seed=args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     save = args.out / "stage1.pt"
     if args.stage in ("1", "all"):

@@ -111,7 +111,7 @@ def train(
         drawn = batch(tok, rng, "train")
         with parametrize.cached():  # every loop has the same weights
             states = model(drawn.ids, drawn.bias, drawn.pick, drawn.thresholds(rng, full=0.25))
-            loss, gate, _ = token_losses(model, drawn, states)
+            loss, gate, _ = token_losses(model, states, drawn.target)
         optimizer.zero_grad()
         stage1_loss(loss, gate, beta=0.0).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -126,7 +126,8 @@ def right(model: LoopLM, tok: Tokenizer, batches: int) -> float:
     rng, good = random.Random("held out"), 0
     for _ in range(batches):
         drawn = batch(tok, rng, "test")
-        hit = token_losses(model, drawn, model(drawn.ids, drawn.bias, drawn.pick))[2]
+        states = model(drawn.ids, drawn.bias, drawn.pick)
+        hit = token_losses(model, states, drawn.target)[2]
         good += sum(bool(hit[start:end].all()) for _, _, start, end in drawn.spans)
     return good / (batches * ROWS)
 

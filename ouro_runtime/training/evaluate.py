@@ -3,7 +3,7 @@
 import itertools
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -214,6 +214,21 @@ def checks(fixed: list[Result], gated: list[Result]) -> tuple[list[Check], Resul
         )
     )
     return out, best
+
+
+def check_shared(results: Sequence[Result]) -> list[Check]:
+    """That mode `shared` answers what `skip` does, at full depth and at 0.5, as far as both were
+    measured; `results` are of one gate."""
+    of = {r.setting.controls: r.total().accuracy for r in results}
+    out = []
+    for name, controls in (("full depth", Controls()), ("0.5", Controls(0.5))):
+        skip, shared = of.get(controls), of.get(replace(controls, exit_mode="shared"))
+        if skip is not None and shared is not None:
+            measured = f"{shared:.2f} of {skip:.2f} %"
+            out.append(
+                Check(f"`shared` at {name}: within 1 point of `skip`", measured, shared >= skip - 1)
+            )
+    return out
 
 
 def _each(values: dict[str, float]) -> str:

@@ -97,14 +97,18 @@ class Attention(nn.Module):
         bias: Tensor,
         held: KV | None = None,
         left: Tensor | None = None,
+        plane: KV | None = None,
     ) -> tuple[Tensor, KV]:
-        """The output, and the K and V that were read: where `left` [B, S] those of the loop before,
-        `held`, stand in for this loop's."""
+        """The output, and the K and V of `x` that were read: where `left` [B, S] those of the loop
+        before, `held`, stand in for this loop's. A `plane` is read before them."""
         q, k, v = self.qkv(x, cos, sin)
         if held is not None and left is not None:
             gone = left[:, None, :, None]
             k, v = torch.where(gone, held[0], k), torch.where(gone, held[1], v)
-        return self.mix(q, k, v, bias), (k, v)
+        if plane is None:
+            return self.mix(q, k, v, bias), (k, v)
+        keys, values = torch.cat((plane[0], k), 2), torch.cat((plane[1], v), 2)
+        return self.mix(q, keys, values, bias), (k, v)
 
 
 class MLP(nn.Module):
@@ -140,8 +144,9 @@ class Layer(nn.Module):
         bias: Tensor,
         held: KV | None = None,
         left: Tensor | None = None,
+        plane: KV | None = None,
     ) -> tuple[Tensor, KV]:
-        out, read = self.self_attn(self.input_layernorm(h), cos, sin, bias, held, left)
+        out, read = self.self_attn(self.input_layernorm(h), cos, sin, bias, held, left, plane)
         return self.after_attention(h, out), read
 
     def after_attention(self, h: Tensor, out: Tensor) -> Tensor:
@@ -166,12 +171,15 @@ class Body(nn.Module):
         bias: Tensor,
         held: list[KV] | None = None,
         left: Tensor | None = None,
+        planes: list[KV] | None = None,
     ) -> tuple[Tensor, list[KV]]:
-        """One application of all layers and the final norm to `h` [B, S, D], and the K/V read per
-        layer. At positions `left` [B, S] bool the K/V `held` from the loop before stand in."""
+        """One application of all layers and the final norm to `h` [B, S, D], and its K/V read per
+        layer. At positions `left` [B, S] bool the K/V `held` from the loop before stand in. With
+        `planes`, K/V of P other positions per layer, `bias` ends in [S, P + S]."""
         read = []
         for i, layer in enumerate(self.layers):
-            h, kv = layer(h, cos, sin, bias, None if held is None else held[i], left)
+            before = None if held is None else held[i]
+            h, kv = layer(h, cos, sin, bias, before, left, None if planes is None else planes[i])
             read.append(kv)
         return self.norm(h), read
 
@@ -217,22 +225,41 @@ class LoopLM(nn.Module):
         `skip` (docs/engine.md): in deeper loops the others read the K/V of the
         loop it left at. 1 and more never leave.
         """
-        s = ids.shape[1]
-        cos, sin = rope_tables(
-            torch.arange(s, device=ids.device), self.cfg.head_dim, self.cfg.rope_theta
-        )
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        states, _ = self.run_loops(ids, columns, bias, threshold)
+        return states if pick is None else states.flatten(1, 2)[:, pick]
+
+    def run_loops(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        bias: Tensor,
+        threshold: Tensor | None = None,
+        planes: list[KV] | None = None,
+    ) -> tuple[Tensor, list[KV]]:
+        """`forward` at any positions, [S] or [B, S]: H [loops, B, S, D], and the K/V that the last
+        loop read per layer. With threshold those are the exit loop's, the plane of mode `shared`.
+
+        `planes`, K/V of P other positions per layer, are read at every loop; `bias` then ends in
+        [S, P + S].
+        """
+        cos, sin = rope_tables(positions, self.cfg.head_dim, self.cfg.rope_theta)
+        if positions.ndim == 2:
+            cos, sin = cos[:, None], sin[:, None]
         h = self.model.embed_tokens(ids)
-        states = []
-        held = left = None
+        # Planes come in many widths, and each would be compiled for itself.
+        loop = self.loop_fn if planes is None else self.model.loop
+        states, held, left = [], None, None
+        read: list[KV] = []
         survival = 1.0
         for _ in range(self.cfg.loops):
-            h, read = self.loop_fn(h, cos, sin, bias, held, left)
-            states.append(h if pick is None else h.flatten(0, 1)[pick])
+            h, read = loop(h, cos, sin, bias, held, left, planes)
+            states.append(h)
             if threshold is not None:
                 stay = 1 - torch.sigmoid(self.gate(h.detach()).detach().float())
                 survival = survival * stay
                 held, left = read, (1 - survival >= threshold) & (threshold < 1)
-        return torch.stack(states)
+        return torch.stack(states), read
 
     def gate(self, states: Tensor) -> Tensor:
         """Exit logits of `states` [..., D]: [...], lambda being their sigmoid."""

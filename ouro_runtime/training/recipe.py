@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ouro_runtime.training.tasks import FAMILIES, SYSTEM_PROMPTS, Chat
@@ -38,6 +38,9 @@ class Recipe:
     serves them with, at a random threshold per row."""
     skip_full: float = 0.25
     """Share of the rows that keep true K/V even then."""
+    shared_rounds: int = 0
+    """Above 0 generated tokens are also trained as mode `shared` serves them, in so many rounds
+    (`ouro_runtime.training.shared`), at the same thresholds."""
     corpus_problems: int = 6000
     stage2_tokens: int = 60_000
     stage2_steps: int = 1500
@@ -62,6 +65,10 @@ CONTINUED = Recipe(
 )
 """The second leg: from the first leg's weights, every family at its hardest level from the start,
 half the learning rate, the paper's later entropy weight, and in the end stand-in K/V."""
+
+SHARED = replace(CONTINUED, decay_share=0.55, skip_from=0.0, shared_rounds=2)
+"""A third leg, `--shared`: from the second's weights, answers as `skip` and as `shared` serve them.
+The shipped checkpoint is from before it."""
 
 
 def corpus(recipe: Recipe) -> Iterator[str]:

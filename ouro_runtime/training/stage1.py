@@ -12,12 +12,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from ouro_runtime.training.data import Batch, ChatSource, Curriculum
+from ouro_runtime.training.data import ChatSource, Curriculum
 from ouro_runtime.training.export import load
 from ouro_runtime.training.model import LoopLM, LoopLMConfig
 from ouro_runtime.training.objectives import exit_log_probs, stage1_loss
 from ouro_runtime.training.optim import optimizers
 from ouro_runtime.training.recipe import Recipe
+from ouro_runtime.training.shared import served
 
 
 @dataclass
@@ -44,16 +45,15 @@ class Report:
     entries: dict[str, Any] = field(default_factory=dict)
 
 
-def token_losses(model: LoopLM, batch: Batch, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses [T, N], gate logits [T, N], whether loop T's argmax is right [N]) of the answers,
-    whose states [T, N, D] the model gave."""
+def token_losses(model: LoopLM, states: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses [T, N], gate logits [T, N], whether loop T's argmax is right [N]) of answer tokens
+    `target` [N], whose states [T, N, D] the model gave."""
     logits = model.lm_head(states)
     loops, count, vocab = logits.shape
-    target = batch.target.expand(loops, count)
     losses = F.cross_entropy(
-        logits.reshape(-1, vocab).float(), target.reshape(-1), reduction="none"
+        logits.reshape(-1, vocab).float(), target.expand(loops, count).reshape(-1), reduction="none"
     ).view(loops, count)
-    right = logits[-1].detach().argmax(-1) == batch.target
+    right = logits[-1].detach().argmax(-1) == target
     return losses, model.gate(states).float(), right
 
 
@@ -127,8 +127,8 @@ class Stage1:
         for opt in self.opts:
             for group in opt.param_groups:
                 group["lr"] = group["base_lr"] * scale
-        states = self.model(batch.ids, batch.bias, batch.pick, threshold)
-        losses, gate, right = token_losses(self.model, batch, states)
+        states, target = served(self.model, batch, threshold, recipe.shared_rounds)
+        losses, gate, right = token_losses(self.model, states, target)
         stage1_loss(losses, gate, recipe.beta(progress)).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         for opt in self.opts:

@@ -10,6 +10,7 @@ from ouro_runtime.training.data import ChatSource, Curriculum
 from ouro_runtime.training.model import LoopLM
 from ouro_runtime.training.objectives import Target, stage2_loss
 from ouro_runtime.training.recipe import Recipe
+from ouro_runtime.training.shared import served
 from ouro_runtime.training.stage1 import token_losses
 
 Gate = tuple[Tensor, Tensor]
@@ -46,8 +47,8 @@ def cache_states(
         skip = recipe.skip_from < 1
         threshold = batch.thresholds(rng, recipe.skip_full).to(device) if skip else None
         batch = batch.to(device)
-        states = model(batch.ids, batch.bias, batch.pick, threshold)
-        loss, _, _ = token_losses(model, batch, states)
+        states, target = served(model, batch, threshold, recipe.shared_rounds)
+        loss, _, _ = token_losses(model, states, target)
         hidden.append(states.float())
         losses.append(loss)
         count, n = count + batch.pick.numel(), n + 1

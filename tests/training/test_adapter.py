@@ -23,7 +23,7 @@ def logits(model: LoopLM, drawn: Batch) -> torch.Tensor:
 def loss(model: LoopLM, drawn: Batch) -> float:
     with torch.no_grad():
         states = model(drawn.ids, drawn.bias, drawn.pick)
-        return float(token_losses(model, drawn, states)[0][-1].mean())
+        return float(token_losses(model, states, drawn.target)[0][-1].mean())
 
 
 def test_it_starts_as_nothing_learns_and_is_saved_as_it_is(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ouro_runtime.training.evaluate import Check, Result, Score, Setting, checks
+from ouro_runtime.training.evaluate import Check, Result, Score, Setting, check_shared, checks
 from ouro_runtime.training.reference import Controls
 from ouro_runtime.training.tasks import FAMILIES
 
@@ -68,6 +68,20 @@ def test_depth_must_grow_in_three_families_and_says_where_it_does_not() -> None:
     assert one.measured.count("(not at every step)") == 1
     (flat,) = told(DEPTHS, result(Controls(0.5), 99, [1]), grows)
     assert not flat.holds
+
+
+def test_shared_is_held_against_skip_at_the_same_controls() -> None:
+    right = {
+        Controls(): 99,
+        Controls(exit_mode="shared"): 98,
+        Controls(0.5): 99,
+        Controls(0.5, exit_mode="shared"): 97,
+        Controls(0.7): 0,
+    }
+    full, half = check_shared([result(c, n, [2]) for c, n in right.items()])
+    assert full.holds and "full depth" in full.target
+    assert not half.holds and half.measured == "97.00 of 99.00 %"
+    assert not check_shared([result(Controls(), 99, [4])]), "not measured, not checked"
 
 
 def test_a_kept_result_is_read_as_it_was_written() -> None:

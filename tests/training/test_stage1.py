@@ -66,7 +66,7 @@ def test_training_lowers_the_loss_of_every_loop(recipe: Recipe, tok: Tokenizer) 
 
     def losses() -> torch.Tensor:
         states = trainer.model(batch.ids, batch.bias, batch.pick)
-        return token_losses(trainer.model, batch, states)[0].mean(1)
+        return token_losses(trainer.model, states, batch.target)[0].mean(1)
 
     before = losses()
     trainer.run(Budget(steps=60), None)
