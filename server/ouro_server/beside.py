@@ -98,6 +98,9 @@ def chat_templates(folder: Path) -> Iterator[tuple[str, Any]]:
         for one in said:
             named = isinstance(one, dict) and "name" in one
             yield TOKENIZER_CONFIG, one.get("template") if named else None
+    elif isinstance(said, dict):  # by name
+        for template in said.values():
+            yield TOKENIZER_CONFIG, template
     elif said is not None:
         yield TOKENIZER_CONFIG, said
     files = [

@@ -268,6 +268,7 @@ GOOD_TEMPLATE = (
         (with_template("{% for m in messages %}"), "tokenizer_config.json: chat_template is no Ji"),
         (with_template("{{ m | no_such }}"), "No filter named 'no_such'"),
         (with_template(3), "tokenizer_config.json: chat_template must be a text"),
+        (with_template({"default": "{{"}), "tokenizer_config.json: chat_template is no Jinja"),
         (with_template([{"name": "default"}]), "tokenizer_config.json: chat_template must be a te"),
         (with_template([{"name": "tool_use", "template": "{{"}]), "chat_template is no Jinja"),
         ({"chat_template.jinja": "\n{% if %}"}, r"chat_template.jinja: .* is no Jinja \(.*line 2"),
@@ -282,7 +283,9 @@ def test_a_broken_chat_template_is_named(files: dict[str, str], said: str, tmp_p
         checkpoint.check_files(str(tmp_path), weights=False)
 
 
-@pytest.mark.parametrize("template", [GOOD_TEMPLATE, [{"name": "default", "template": "x"}]])
+@pytest.mark.parametrize(
+    "template", [GOOD_TEMPLATE, [{"name": "default", "template": "x"}], {"default": "x"}]
+)
 def test_a_chat_template_that_compiles_passes(template: object, tmp_path: Path) -> None:
     for name, text in with_template(template).items():
         (tmp_path / name).write_text(text)
