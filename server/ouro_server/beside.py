@@ -5,7 +5,7 @@ vLLM reads them when the first request needs them; what is wrong in them would t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,22 @@ DEFAULTS: Mapping[str, Rule] = {
 that it holds requests to."""
 
 
-def check_beside(folder: Path, config: Mapping[str, Any]) -> None:
+def check_beside(folder: Path, config: Mapping[str, Any], unread: Collection[str] = ()) -> None:
     """Check the files that are there; a tokenizer has other forms too.
 
     Args:
         config: the checkpoint's `config.json`.
+        unread: what is not checked, since nobody reads it: of TOKENIZER, TEMPLATE and GENERATION.
 
     Raises:
         CheckpointError: naming the file, and the field where one is to blame.
     """
+    vocab = config.get("vocab_size")
+    check_ends("config.json", config, vocab)
+    if GENERATION not in unread:
+        check_generation(folder, vocab)
+    if TOKENIZER in unread:
+        return
     for name in (TOKENIZER_CONFIG, TOKENIZER):
         _content(folder, name)
     if (folder / TOKENIZER).exists():
@@ -57,11 +64,8 @@ def check_beside(folder: Path, config: Mapping[str, Any]) -> None:
             Tokenizer.from_file(str(folder / TOKENIZER))
         except Exception as error:  # the library raises no narrower one
             raise CheckpointError(f"{TOKENIZER} is no tokenizer ({error})") from None
-    for name, template in chat_templates(folder):
+    for name, template in () if TEMPLATE in unread else chat_templates(folder):
         check_template(name, template)
-    vocab = config.get("vocab_size")
-    check_ends("config.json", config, vocab)
-    check_generation(folder, vocab)
 
 
 def check_generation(folder: Path, vocab: int | None) -> None:
@@ -98,6 +102,9 @@ def chat_templates(folder: Path) -> Iterator[tuple[str, Any]]:
         for one in said:
             named = isinstance(one, dict) and "name" in one
             yield TOKENIZER_CONFIG, one.get("template") if named else None
+    elif isinstance(said, dict):  # by name
+        for template in said.values():
+            yield TOKENIZER_CONFIG, template
     elif said is not None:
         yield TOKENIZER_CONFIG, said
     files = [

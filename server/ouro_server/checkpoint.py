@@ -1,7 +1,7 @@
 """What the command line must know of a checkpoint before vLLM loads it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -107,12 +107,13 @@ def check_depth_defaults(config: dict[str, Any] | None, depth: dict[str, Any]) -
     LoopConfig.parse(SimpleNamespace(**known), depth)
 
 
-def check_files(model: str, weights: bool = True) -> None:
+def check_files(model: str, weights: bool = True, unread: Collection[str] = ()) -> None:
     """Compare a local checkpoint's tensors with its config, from headers only, and look into the
     files beside them.
 
     Args:
         weights: whether there are tensors to compare.
+        unread: as `check_beside`.
 
     Raises:
         RefusedError: naming what is wrong.
@@ -123,7 +124,7 @@ def check_files(model: str, weights: bool = True) -> None:
     except CheckpointError as error:
         raise RefusedError(str(error)) from None
     try:
-        check_beside(Path(model), _read_object(Path(model), "config.json") or {})
+        check_beside(Path(model), _read_object(Path(model), "config.json") or {}, unread)
     except CheckpointError as error:
         raise RefusedError(f"{model}: {error}") from None
 

@@ -65,7 +65,8 @@ def _serve(
     launch.check_targets(args, book, merged["ouro"])
     if config is not None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        checkpoint.check_files(args.model, args.load_format in ("auto", "safetensors"))
+        weights = args.load_format in ("auto", "safetensors")
+        checkpoint.check_files(args.model, weights, launch.displaced(args))
     name = (args.served_model_name or [args.model])[0]
     launch.say(f"Ouro Serve: loading {name} and warming up; this can take a minute")
     launch.complete(args, depth, config)

@@ -175,6 +175,17 @@ def check_paths(args: argparse.Namespace) -> None:
         raise checkpoint.RefusedError(f"--uds: {args.uds} is in no folder that exists")
 
 
+def displaced(args: argparse.Namespace) -> list[str]:
+    """Of the files beside a checkpoint's weights, those whose place an option takes. (With
+    `--generation-config vllm` the checkpoint's is read for its ends of answers all the same.)"""
+    named = {
+        beside.TOKENIZER: args.tokenizer or args.skip_tokenizer_init,
+        beside.TEMPLATE: args.chat_template,
+        beside.GENERATION: args.generation_config not in ("auto", "vllm"),
+    }
+    return [name for name, option in named.items() if option]
+
+
 def check_named_files(args: argparse.Namespace) -> None:
     """Refuse a chat template or default sampling parameters that the options name, if they are
     wrong: vLLM would tell every client.
