@@ -45,8 +45,9 @@ def check(llm: Any, cases: Sequence[Case]) -> None:
 
 
 @bench.on("t6")
-def test_every_golden_case_of_six_loops(llm: Any) -> None:
-    check(llm, golden_cases("t6-gqa", ("shared",)))
+@pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.long)])
+def test_every_golden_case_of_six_loops(llm: Any, half: int) -> None:
+    check(llm, golden_cases("t6-gqa", ("shared",))[half::2])
 
 
 @bench.on("t4")
