@@ -28,6 +28,8 @@ from ouro_server.presets import SHIPPED, PresetBook
 RUNS = ("none", "latency", "agreement", "both")
 LEARNT = ("standard", "batch")
 """Classes that the light load asks for, evenly; premium's floor is near full depth anyway."""
+STEERED = ("priority_classes", "controller", "audit", "agreement", "gave_way")
+"""What is kept of `GET /v1/depth` at the end of a run."""
 BURST = 400
 """Questions between two looks whether learning is over."""
 
@@ -84,7 +86,8 @@ def measure(told: dict[str, Any], args: argparse.Namespace, keep: Any) -> None:
                 asyncio.run(closed_loop_once(address, few, args.seats))
             asked = questions(int(told["rate"] * args.seconds), tok, args.seed, args.families)
             made |= asyncio.run(run(address, asked, told["rate"], args.seed, name != "none"))
-            made["depth"] = asyncio.run(look(address))
+            told_at_end = asyncio.run(look(address))
+            made["depth"] = {part: told_at_end[part] for part in STEERED}
         told.setdefault("runs", {})[name] = made
         keep()
         print(name, json.dumps(made["settled"]), flush=True)

@@ -37,7 +37,6 @@ check_parameters(PEFTHelper.get_rank_and_scaling, "module_name")
 check_parameters(worker_manager.WorkerLoRAManager.__init__, "lora_model_cls")
 check_parameters(worker_manager.LRUCacheWorkerLoRAManager._load_adapter, "lora_request")
 check_parameters(worker_manager.LRUCacheWorkerLoRAManager._apply_adapters, "lora_requests")
-check_parameters(worker_manager.LRUCacheWorkerLoRAManager.add_adapter, "lora_request")
 check_parameters(worker_manager.LRUCacheWorkerLoRAManager.remove_adapter, "adapter_id")
 
 logger = logging.getLogger(__name__)
@@ -145,23 +144,26 @@ class GateManager(worker_manager.LRUCacheWorkerLoRAManager):
         return adapter
 
     def _apply_adapters(self, lora_requests: Iterable[Any]) -> None:
-        """A step's adapters are in place, or `lost`.
+        """As vLLM, without those that are `lost`; and it would read those that once replaced
+        another from their files again."""
+        kept = [r for r in lora_requests if r.lora_int_id not in self.lost]
+        super()._apply_adapters([structs.replace(r, load_inplace=False) for r in kept])
 
-        vLLM would read those that once replaced another from their files again; and one that gave
-        its place to others and cannot be read again would end the engine.
-        """
-        asked = [r for r in lora_requests if r.lora_int_id not in self.lost]
+    def bring(self, lora_requests: Iterable[Any]) -> None:
+        """A step's adapters are in place, or `lost`: in vLLM one that gave its place to others, and
+        cannot be read again, would end the engine."""
+        self.lost.clear()
+        asked = list(lora_requests)
         if not asked:
             return
-        asked = [structs.replace(r, load_inplace=False) for r in asked]
         held = self.list_adapters()
-        missing = [r for r in asked if r.lora_int_id not in held]
         # First those that are here, so that none of them gives its place to another.
-        super()._apply_adapters([r for r in asked if r.lora_int_id in held])
+        self._apply_adapters([r for r in asked if r.lora_int_id in held])
+        missing = [r for r in asked if r.lora_int_id not in held]
         lost = {}
         for request in missing:
             try:
-                self.add_adapter(request)
+                self._apply_adapters([request])
             except Exception as error:  # whatever is wrong with its files
                 name = request.lora_name
                 lost[request.lora_int_id] = (
@@ -171,7 +173,6 @@ class GateManager(worker_manager.LRUCacheWorkerLoRAManager):
             logger.error("%s; its requests end", why)
             self.lost[adapter] = why
             self.remove_adapter(adapter)
-        super()._apply_adapters([r for r in asked if r.lora_int_id not in self.lost])
 
 
 def of_all_ranks(lost: dict[int, str], loaded: bool) -> dict[int, str]:

@@ -124,8 +124,7 @@ class OuroCPUModelRunner(CPUModelRunner):
     def set_active_loras(self, input_batch: Any, *args: Any, **kwargs: Any) -> None:
         # To vLLM, requests for adapters of one name are equal, and it keeps one of them. But what
         # was loaded anew under a name is another adapter, beside one that still runs.
-        self.lora_manager.lost.clear()
-        self.lora_manager._apply_adapters(input_batch.lora_id_to_lora_request.values())
+        self.lora_manager.bring(input_batch.lora_id_to_lora_request.values())
         super().set_active_loras(input_batch, *args, **kwargs)
 
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
