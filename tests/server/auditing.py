@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -174,3 +174,14 @@ class Bench:
             for sample in family.samples
             if sample.name == "ouro_unaudited_requests_total" and sample.value
         }
+
+
+def run(bench: Bench, play: Callable[[Bench], Awaitable[None]]) -> Bench:
+    """Play on a bench, from its start to its end."""
+
+    async def whole() -> None:
+        async with bench:
+            await play(bench)
+
+    asyncio.run(whole())
+    return bench
