@@ -125,3 +125,18 @@ def test_figures_of_drafts_are_the_kept_ones() -> None:
     ]
     assert len(lines) == 3
     assert "\n".join(lines) in (ROOT / "README.md").read_text()
+
+
+def test_figures_of_bits_are_the_kept_ones() -> None:
+    measured = json.loads((ROOT / "benchmarks/results/bits.json").read_text())
+    rates = {
+        (row["computes_in"], row["format"], row["batch"]): row["rate"] for row in measured["speed"]
+    }
+    text = " ".join((ROOT / "docs/operations.md").read_text().split())
+    for batch in (1, 8, 32):
+        plain = rates["float32", "as stored, 32 bits", batch]
+        assert f"{rates['float32', 'w8a8', batch]:.1f}" in text, batch
+        assert f"instead of {plain:.1f} at" in text, batch
+    right = {row["right"] for row in measured["answers"] if row["format"] != "w4a16"}
+    assert {f"{value:.1f}" for value in right} == {"98.7"}
+    assert "98.7 % with 32 and with 8 bits in every mode" in text
